@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: MIT
+"""The benchmark: the Visual Decathlon's files, crops and scores, and the paper's Tables 1 and 2 for one model.
+
+  python evaluate.py runs/beta0.5/model.pt --data decathlon                             # val: accuracy, S, cost
+  python evaluate.py runs/beta0.5/model.pt --data decathlon --split test --results r.json   # for the challenge's server
+
+Measures as in the paper: accuracy in %, averaged over 5 or 10 crops; S of Eq. 6; complexity and params relative to the
+backbone; sparsity as in Table 7. The source domain is served by the untouched backbone and takes no part in budget,
+sharing, sparsity or params: it is reported apart.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as TF
+
+import ba2ps
+from ba2ps import InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the ten domains of the Visual Decathlon (Rebuffi, Bilen and Vedaldi, NeurIPS 2017)
+
+MEAN_STD = {  # channel means and deviations that others use; grey domains have one of each
+    "aircraft": ([.4798, .5107, .5344], [.2107, .2051, .2373]),
+    "cifar100": ([.5071, .4867, .4408], [.2675, .2565, .2761]),
+    "daimlerpedcls": ([.482] * 3, [.2361] * 3),
+    "dtd": ([.5270, .4703, .4240], [.2523, .2409, .2499]),
+    "gtsrb": ([.3392, .3118, .3205], [.2756, .2658, .2709]),
+    "imagenet12": ([.485, .456, .406], [.229, .224, .225]),
+    "omniglot": ([.081] * 3, [.2705] * 3),
+    "svhn": ([.4377, .4438, .4728], [.198, .201, .197]),
+    "ucf101": ([.4995, .4988, .4998], [.109, .1081, .1068]),
+    "vgg-flowers": ([.4341, .3831, .2971], [.2851, .2384, .2640]),
+}
+NO_MIRROR = {"dtd", "gtsrb", "omniglot", "svhn"}  # trained without mirroring, five crops at test time (section 4.1)
+FINE_TUNED = {  # accuracy (%) of full fine-tuning on test: the reference of S
+    "imagenet12": 59.87, "aircraft": 60.34, "cifar100": 82.12, "daimlerpedcls": 92.82, "dtd": 55.53, "gtsrb": 97.53,
+    "vgg-flowers": 81.41, "omniglot": 87.69, "svhn": 96.55, "ucf101": 51.20}
+KEEP = 60_000  # a domain with at most so many images is decoded once and kept in memory; ImageNet is read every time
+
+
+def read_annotations(root, domain, split):
+    """One annotation file of the release, split train, val or test (test falls back on {domain}_test_stripped.json).
+
+    Returns (paths, image ids, category ids or None without labels, {category id: name}), all from `categories` and
+    `annotations`, never from the order of folders. InputError names the file that is missing or wrong.
+    """
+    folder = Path(root) / "annotations"
+    if not folder.is_dir():
+        raise InputError(f"{root} is no Visual Decathlon root: it has no folder annotations")
+    path = folder / f"{domain}_{split}.json"
+    if split == "test" and not path.exists():
+        path = folder / f"{domain}_test_stripped.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = {category["id"]: str(category["name"]) for category in content["categories"]}
+        images = [(image["id"], Path(root) / image["file_name"]) for image in content["images"]]
+        labels = {a["image_id"]: a["category_id"] for a in content["annotations"]} if "annotations" in content else None
+    except FileNotFoundError:
+        raise InputError(f"annotation file {path} is missing: is {domain} a domain of {root}, and {split} a split?") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"annotation file {path} is not readable JSON: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"annotation file {path} is not laid out as the release's: {error!r}") from None
+    if not images:
+        raise InputError(f"annotation file {path} lists no images: choose another split")
+    if not names:
+        raise InputError(f"annotation file {path} has no categories")
+    if labels is not None:
+        for image_id, image_path in images:
+            if labels.get(image_id) not in names:
+                raise InputError(f"annotation file {path}: image {image_path} has no annotation with a known category")
+        labels = [labels[image_id] for image_id, _ in images]
+    return [p for _, p in images], [i for i, _ in images], labels, dict(sorted(names.items()))
+
+
+class Images(Dataset):
+    """The images of one domain and of one split or several, resized to a shorter side of 9/8 `image_size`.
+
+    Item i is (uint8 tensor (3, h, w), label), the label -1 in a split without labels, or an InputError that names the
+    unreadable image: an exception raised in a worker process would arrive wrapped in its traceback.
+    category_ids: the classes in the order of the classifier's outputs; default, those of the first split, ascending.
+    """
+
+    def __init__(self, root, domain, splits, image_size, category_ids=None):
+        self.domain, self.splits, self.side = domain, list(splits), round(image_size * 9 / 8)
+        self.crop = image_size
+        self.paths, self.ids, self.labels = [], [], []
+        for split in self.splits:
+            paths, ids, categories, names = read_annotations(root, domain, split)
+            if category_ids is None:
+                category_ids, self.classes = list(names), list(names.values())
+            if list(names) != list(category_ids):
+                raise InputError(f"the categories of {domain} in split {split} are not those the network was trained on")
+            position = {category_id: label for label, category_id in enumerate(category_ids)}
+            self.paths += paths
+            self.ids += ids
+            self.labels += [-1] * len(paths) if categories is None else [position[c] for c in categories]
+        self.category_ids = list(category_ids)
+        self.labelled = -1 not in self.labels
+        for path in self.paths:
+            if not os.path.isfile(path):
+                raise InputError(f"image {path} of {domain} is missing: unpack the release's {domain}.tar again")
+        self.kept = [None] * len(self) if len(self) <= KEEP else None
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        if self.kept is not None and self.kept[i] is not None:
+            return self.kept[i], self.labels[i]
+        try:
+            with Image.open(self.paths[i]) as image:
+                image = TF.resize(image.convert("RGB"), self.side)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises each of them
+            return InputError(f"image {self.paths[i]} of {self.domain} cannot be read: {error}")
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        if self.kept is not None:
+            self.kept[i] = image
+        return image, self.labels[i]
+
+    def batches(self, order, batch_size, workers=0):
+        """Lists of (uint8 image, label), `batch_size` at a time, in the order of the indices `order`."""
+        workers = 0 if self.kept is not None else workers
+        for items in DataLoader(self, batch_size, sampler=order, collate_fn=list, num_workers=workers):
+            for item in items:
+                if isinstance(item, InputError):
+                    raise item
+            yield items
+
+
+def describe(root, domain, image_size, no_mirror=()):
+    """What a checkpoint remembers of a domain: classes, category ids, channel means and deviations, mirroring."""
+    images = Images(root, domain, ["train"], image_size)
+    if domain in MEAN_STD:
+        mean, std = MEAN_STD[domain]
+    else:  # measured; 5,000 images pin a mean to about 0.001
+        chosen = range(0, len(images), max(1, len(images) // 5000))
+        sums = torch.zeros(2, 3, dtype=torch.float64)
+        pixels = 0
+        for items in images.batches(chosen, 256):
+            for image, _ in items:
+                flat = image.flatten(1).double() / 255
+                sums += torch.stack([flat.sum(1), flat.square().sum(1)])
+                pixels += flat.shape[1]
+        mean = sums[0] / pixels
+        std = (sums[1] / pixels - mean.square()).clamp(min=1e-4).sqrt().tolist()
+        mean = mean.tolist()
+    return {"classes": images.classes, "category_ids": images.category_ids, "mean": mean, "std": std,
+            "mirror": domain not in NO_MIRROR and domain not in no_mirror}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# crops
+
+def random_crops(images, size, mirror, generator):
+    """One crop of each image at a random place, mirrored half of the time: list of (3, h, w) -> (B, 3, size, size)."""
+    crops = []
+    for image, (down, right, flip) in zip(images, torch.rand(len(images), 3, generator=generator).tolist()):
+        top, left = int(down * (image.shape[1] - size + 1)), int(right * (image.shape[2] - size + 1))
+        crop = image[:, top:top + size, left:left + size]
+        crops.append(crop.flip(2) if mirror and flip < 0.5 else crop)
+    return torch.stack(crops)
+
+
+def test_crops(images, size, number):
+    """1, 5 or 10 crops of each image: list of (3, h, w) -> (B, number, 3, size, size).
+
+    1: the centre. 5: four corners and the centre. 10: those, and those of the mirrored image (section 4.1).
+    """
+    cut = {1: lambda image: (TF.center_crop(image, [size, size]),), 5: lambda image: TF.five_crop(image, [size, size]),
+           10: lambda image: TF.ten_crop(image, [size, size])}[number]
+    return torch.stack([torch.stack(cut(image)) for image in images])
+
+
+def normalise(crops, record, device):
+    """uint8 crops (..., 3, h, w) -> float on `device`, with the channel statistics of the domain's `record`."""
+    mean, std = (torch.tensor(record[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+    return (crops.to(device).float() / 255 - mean) / std
+
+
+@torch.no_grad()
+def predict(network, domain, record, images, crops=None, batch_size=32, device="cpu", workers=0, progress=lambda n: None):
+    """Class probabilities (len(images), classes) of `domain`, the softmax averaged over the crops of each image.
+
+    crops: 1, 5 or 10; by default the paper's, 10 for a domain that trains with mirroring and 5 for one without.
+    """
+    crops = crops or (10 if record["mirror"] else 5)
+    network.eval()
+    out = []
+    for items in images.batches(range(len(images)), batch_size, workers):
+        x = normalise(test_crops([image for image, _ in items], images.crop, crops), record, device)
+        logits = network(x.flatten(0, 1), domain)                         # (B * crops, classes)
+        out.append(logits.softmax(1).unflatten(0, (-1, crops)).mean(1).cpu())  # (B, classes)
+        progress(len(items))
+    return torch.cat(out)
+
+
+def accuracy(probabilities, images):
+    """Share of right predictions, in %."""
+    return 100 * (probabilities.argmax(1) == torch.tensor(images.labels)).double().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scores
+
+def s_score(accuracies, baseline):
+    """S = sum over domains of 1000 (max(0, E_max - E) / E_max)^2, E_max twice the error of `baseline` (Eq. 6).
+
+    accuracies, baseline: {domain: %}. 1000 is perfection in one domain, 250 as good as the baseline.
+    """
+    score = 0.0
+    for domain, value in accuracies.items():
+        largest = 2 * (100 - baseline[domain])
+        score += 1000 * (max(0.0, largest - (100 - value)) / largest) ** 2
+    return score
+
+
+def read_baseline(path):
+    try:
+        baseline = json.loads(Path(path).read_text(encoding="utf-8"))
+        if all(0 <= value < 100 for value in baseline.values()):
+            return baseline
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"--baseline {path} cannot be read: {error}") from None
+    raise InputError(f"--baseline {path} must hold {{domain: accuracy in %}}, each at least 0 and below 100")
+
+
+def costs(network, image_size):
+    """(usage, sparsity, complexity) per adapted domain, sparsity "all" and params, as the tables name them."""
+    sparsity, sparsity_all = ba2ps.sparsity(network)
+    backbone = ba2ps.macs(network, None, image_size)
+    rows = {domain: {"usage": ba2ps.usage(network, domain), "sparsity": sparsity[domain],
+                     "complexity": ba2ps.macs(network, [domain], image_size) / backbone} for domain in network.domains}
+    return rows, sparsity_all, ba2ps.params(network)
+
+
+def measure(network, facts, accuracies, split, baseline=None):
+    """Everything `--json` writes, and a list of remarks; `accuracies`: {domain: %}, empty for a split without labels."""
+    remarks = []
+    rows, sparsity_all, params = costs(network, facts["image_size"])
+    adapted = [accuracies.get(domain) for domain in rows]
+    for domain, row in rows.items():
+        row["accuracy"] = accuracies.get(domain)
+    complexity = sum(row["complexity"] for row in rows.values()) / len(rows)
+    report = {"budget": facts.get("budget"), "split": split, "domains": rows, "mean_accuracy": None, "s_score": None,
+              "s_o": None, "s_p": None, "complexity": complexity,
+              "complexity_with_source": (complexity * len(rows) + 1) / (len(rows) + 1), "params": params,
+              "sparsity_all": sparsity_all, "source": network.source, "source_accuracy": accuracies.get(network.source),
+              "mean_accuracy_with_source": None}
+    if None in adapted:
+        remarks.append(f"{split} has no labels: no accuracy and no S here")
+        return report, remarks
+    report["mean_accuracy"] = sum(adapted) / len(adapted)
+    if network.source in accuracies:
+        report["mean_accuracy_with_source"] = (sum(adapted) + accuracies[network.source]) / (len(adapted) + 1)
+    baseline = {**FINE_TUNED, **(baseline or {})}
+    missing = [domain for domain in rows if domain not in baseline]
+    if missing:
+        remarks.append(f"S is left out: it needs the accuracy of full fine-tuning on {', '.join(missing)} (--baseline FILE)")
+    else:
+        scored = {domain: value for domain, value in accuracies.items() if domain in baseline}
+        report["s_score"] = s_score(scored, baseline)
+        report["s_o"], report["s_p"] = report["s_score"] / complexity, report["s_score"] / params
+        remarks.append(f"S is over {len(scored)} domains, {'with' if network.source in scored else 'without'} the source")
+    return report, remarks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the script
+
+def show(report):
+    """The paper's Tables 1 and 7 with a domain a row, and its Table 2."""
+    def cell(value, form, width):
+        return f"{'-' if value is None else format(value, form):>{width}}"
+
+    budget, width = report["budget"], max([len(d) for d in report["domains"]] + [len(report["source"]) + 9, 14])
+    print(f"{'':{width}}  accuracy   channels on   budget   sparsity   complexity")
+    for domain, row in report["domains"].items():
+        over = budget is not None and row["usage"] > budget
+        print(f"{domain:{width}}{cell(row['accuracy'], '.2f', 10)}{row['usage']:14.3f}{cell(budget, '.2f', 9)}"
+              f"{100 * row['sparsity']:10.1f}%{row['complexity']:13.3f}{'   over budget' if over else ''}")
+    print(f"{'mean':{width}}{cell(report['mean_accuracy'], '.2f', 10)}{'':34}{report['complexity']:13.3f}")
+    print(f"{'all together':{width}}{'':33}{100 * report['sparsity_all']:10.1f}%   <- channels no domain reads: pruned")
+    if report["source_accuracy"] is not None:
+        print(f"{report['source'] + ' (source)':{width}}{report['source_accuracy']:10.2f}   "
+              f"untouched backbone; mean with it {report['mean_accuracy_with_source']:.2f}")
+    print(f"\ncomplexity (MACs, backbone = 1)   {report['complexity']:.3f}   with the source at 1.0: "
+          f"{report['complexity_with_source']:.3f}\nparams (memory, backbone = 1)     {report['params']:.3f}")
+    if report["s_score"] is not None:
+        print(f"S {report['s_score']:.0f}   S_O {report['s_o']:.0f}   S_P {report['s_p']:.0f}")
+
+
+def write_json(path, content):
+    part = f"{path}.part"
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from None
+
+
+def progress_line(total, what):
+    """A function that counts images and keeps one line with ETA on a terminal, or one line every 30 s in a log."""
+    start, state = time.time(), {"done": 0, "shown": time.time()}
+
+    def progress(number):
+        state["done"] += number
+        terminal, now = sys.stderr.isatty(), time.time()
+        if now - state["shown"] < (0.5 if terminal else 30):
+            return
+        state["shown"] = now
+        left = (now - start) / state["done"] * (total - state["done"])
+        print(f"{what}: {state['done']}/{total} images, {left / 60:.1f} min left" + " " * 10,
+              end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+    return progress
+
+
+def stop(message):
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = stop
+    parser.add_argument("model", help="checkpoint of train.py or prune.py")
+    parser.add_argument("--data", required=True, help="a Visual Decathlon root (annotations/, data/)")
+    parser.add_argument("--split", default="val", choices=["train", "val", "test"])
+    parser.add_argument("--crops", type=int, choices=[1, 5, 10], help="default: the paper's, 10, or 5 without mirroring")
+    parser.add_argument("--no-mirror", nargs="+", default=[], metavar="NAME", help="domains with five crops")
+    parser.add_argument("--skip-source", action="store_true", help="do not evaluate the source domain")
+    parser.add_argument("--baseline", metavar="FILE", help="{domain: accuracy of full fine-tuning in %%}, for S")
+    parser.add_argument("--json", metavar="FILE", help="write all measures")
+    parser.add_argument("--results", metavar="FILE", help="write the challenge's results file")
+    parser.add_argument("--batch-size", type=int, default=32, help="images, each with all its crops")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+
+    network, facts = ba2ps.load(args.model)
+    if not network.domains:
+        raise InputError(f"{args.model} is a backbone without adapted domains: give train.py's model.pt")
+    baseline = read_baseline(args.baseline) if args.baseline else None
+    unknown = set(args.no_mirror) - set(network.classifiers)
+    if unknown:
+        raise InputError(f"--no-mirror {' '.join(sorted(unknown))}: the model serves {', '.join(network.classifiers)}")
+    for path in filter(None, (args.json, args.results)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise InputError(f"cannot write {path}: no such directory")
+
+    domains, sets, skipped = list(network.domains), {}, []
+    if network.source in network.classifiers and not args.skip_source:
+        domains.insert(0, network.source)
+    for domain in domains:
+        record = facts["domains"][domain]
+        record["mirror"] = record["mirror"] and domain not in args.no_mirror
+        try:
+            sets[domain] = Images(args.data, domain, [args.split], facts["image_size"], record["category_ids"])
+        except InputError as error:
+            if domain != network.source:
+                raise
+            skipped.append(f"the source {domain} is left out: {error}")  # ImageNet has to be fetched separately
+
+    network.to(args.device)
+    progress = progress_line(sum(len(images) for images in sets.values()), "evaluating")
+    accuracies, results = {}, []
+    for domain, images in sets.items():
+        probabilities = predict(network, domain, facts["domains"][domain], images, args.crops, args.batch_size,
+                                args.device, args.workers, progress)
+        if images.labelled:
+            accuracies[domain] = accuracy(probabilities, images)
+        results += [{"image_id": image_id, "category_id": images.category_ids[label]}
+                    for image_id, label in zip(images.ids, probabilities.argmax(1).tolist())]
+
+    report, remarks = measure(network.cpu(), facts, accuracies, args.split, baseline)
+    print(f"{args.model} on {args.split}, {args.crops or '5 or 10'} crops, {len(results)} images")
+    show(report)
+    for remark in skipped + remarks:
+        print(remark)
+    if args.json:
+        write_json(args.json, report)
+    if args.results:
+        write_json(args.results, results)
+        print(f"{len(results)} predictions for {', '.join(sets)} in {args.results}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        stop(error)
