@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+"""The benchmark: published scores, the release's files, crops, channel statistics."""
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from ba2ps import InputError
+
+TEN = ["imagenet12", "aircraft", "cifar100", "daimlerpedcls", "dtd", "gtsrb", "vgg-flowers", "omniglot", "svhn", "ucf101"]
+OURS = {  # Table 1 of the paper: accuracies on test in the order of TEN, mean, S
+    1.00: ([56.872, 37.294, 80.200, 95.046, 57.926, 98.599, 84.615, 83.820, 95.993, 45.837], 73.620, 2512),
+    0.75: ([56.872, 42.574, 75.280, 94.959, 56.064, 98.551, 82.810, 87.234, 95.970, 44.674], 73.499, 2444),
+    0.50: ([56.872, 42.094, 73.690, 96.760, 51.277, 98.678, 81.444, 87.123, 96.047, 45.414], 72.940, 2552),
+    0.25: ([56.872, 33.633, 67.890, 95.281, 44.894, 98.147, 75.053, 87.381, 96.074, 43.008], 69.823, 1942),
+}
+TABLE_2 = {1.00: (0.837, 1.03, 3001, 2438), 0.75: (0.645, 0.921, 3789, 2654), 0.50: (0.447, 0.783, 5709, 3259),
+           0.25: (0.238, 0.531, 8159, 3657)}  # complexity, params, S_O, S_P
+
+
+@pytest.mark.parametrize("budget", OURS)
+def test_s_of_the_papers_rows(budget):
+    accuracies, mean, s = OURS[budget]
+    assert sum(accuracies) / 10 == pytest.approx(mean, abs=1e-3)
+    assert evaluate.s_score(dict(zip(TEN, accuracies)), evaluate.FINE_TUNED) == pytest.approx(s, abs=0.5)
+
+
+@pytest.mark.parametrize("budget", TABLE_2)
+def test_s_per_operation_and_per_parameter_of_the_papers_rows(budget, monkeypatch):
+    complexity, params, s_o, s_p = TABLE_2[budget]
+    rows = {d: {"usage": budget, "sparsity": 1 - budget, "complexity": complexity} for d in TEN[1:]}
+    monkeypatch.setattr(evaluate, "costs", lambda network, image_size: (rows, 0.0, params))
+
+    class Network:
+        source = "imagenet12"
+    report, _ = evaluate.measure(Network, {"image_size": 64, "budget": budget}, dict(zip(TEN, OURS[budget][0])), "test")
+    # the paper divides rounded figures; 1942 / 0.238 and 2512 / 1.03 are known to no more than three digits
+    assert report["s_o"] == pytest.approx(s_o, rel=2e-3) and report["s_p"] == pytest.approx(s_p, rel=2e-3)
+    assert report["complexity"] == pytest.approx(complexity)
+    assert report["complexity_with_source"] == pytest.approx(0.9 * complexity + 0.1)
+    assert report["mean_accuracy_with_source"] == pytest.approx(OURS[budget][1], abs=1e-3)
+    assert report["mean_accuracy"] == pytest.approx(sum(OURS[budget][0][1:]) / 9)
+
+
+def test_the_complexity_of_ba2s_own_rows_counts_imagenet_as_one():
+    assert (9 * 0.25 + 1) / 10 == pytest.approx(0.325)  # Table 2, BA2 at 0.25
+
+
+def test_fine_tuning_scores_2500_and_a_domain_beyond_twice_its_error_nothing():
+    assert evaluate.s_score(evaluate.FINE_TUNED, evaluate.FINE_TUNED) == pytest.approx(2500)
+    assert evaluate.s_score({"a": 70.0, "b": 100.0}, {"a": 90.0, "b": 90.0}) == pytest.approx(1000)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+def write_domain(root, domain="animals", names=("cat", "dog", "emu"), per_class=4, first_id=0, size=(36, 36), seed=0):
+    """A small domain in the release's layout, whose folders are shuffled against the category ids."""
+    rng = random.Random(seed)
+    folders = list(range(len(names)))
+    rng.shuffle(folders)
+    for split in ("train", "val", "test_stripped"):
+        images, annotations = [], []
+        for c in range(len(names)):
+            for _ in range(per_class):
+                number = first_id + 1000 * ("train", "val", "test_stripped").index(split) + len(images) + 1
+                folder = "test" if split == "test_stripped" else f"{split}/{folders[c]:04d}"
+                name = f"data/{domain}/{folder}/{number:06d}.jpg"
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                value = 40 + 80 * c  # the class can be read off the image
+                Image.new("RGB", size, (value, value, value)).save(root / name, quality=95)
+                images.append({"id": number, "file_name": name, "width": size[0], "height": size[1]})
+                annotations.append({"id": number, "image_id": number, "category_id": first_id + 10 * c + 7})
+        rng.shuffle(images)
+        rng.shuffle(annotations)
+        categories = [{"id": first_id + 10 * c + 7, "name": name, "supercategory": domain} for c, name in enumerate(names)]
+        rng.shuffle(categories)
+        content = {"images": images, "categories": categories}
+        if split != "test_stripped":
+            content["annotations"] = annotations
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"{domain}_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def test_labels_come_from_category_ids_whatever_the_folders_and_the_order(tmp_path):
+    images = evaluate.Images(write_domain(tmp_path), "animals", ["train", "val"], 32)
+    assert images.classes == ["cat", "dog", "emu"] and images.category_ids == [7, 17, 27] and len(images) == 24
+    for items in images.batches(range(24), 8):
+        for image, label in items:
+            assert image.dtype == torch.uint8 and round((image.float().mean().item() - 40) / 80) == label
+    test = evaluate.Images(tmp_path, "animals", ["test"], 32, [7, 17, 27])
+    assert not test.labelled and test[0][1] == -1 and len(test.ids) == 12
+
+
+def test_worker_processes_read_the_same_images(tmp_path, monkeypatch):
+    write_domain(tmp_path)
+    kept = evaluate.Images(tmp_path, "animals", ["train"], 32)
+    monkeypatch.setattr(evaluate, "KEEP", 0)
+    streamed = evaluate.Images(tmp_path, "animals", ["train"], 32)
+    assert streamed.kept is None and kept.kept is not None
+    for a, b in zip(kept.batches([5, 3, 0, 1], 2), streamed.batches([5, 3, 0, 1], 2, workers=2)):
+        assert [label for _, label in a] == [label for _, label in b]
+        assert all(torch.equal(x, y) for (x, _), (y, _) in zip(a, b))
+    (tmp_path / streamed.paths[3]).write_bytes(b"\xff\xd8 cut")
+    with pytest.raises(InputError, match=streamed.paths[3].name) as error:
+        list(streamed.batches([3], 1, workers=1))
+    assert "\n" not in str(error.value)
+
+
+def test_images_are_resized_to_nine_eighths_of_the_crop_with_their_aspect_ratio(tmp_path):
+    images = evaluate.Images(write_domain(tmp_path, size=(100, 50)), "animals", ["train"], 64)
+    assert images[0][0].shape == (3, 72, 144)
+
+
+def test_grey_palette_and_alpha_images_are_read_as_rgb(tmp_path):
+    images = evaluate.Images(write_domain(tmp_path), "animals", ["train"], 32)
+    for i, mode in enumerate(["L", "P", "RGBA", "CMYK", "1"]):
+        Image.new("RGB", (36, 36), (255, 255, 255)).convert(mode).save(images.paths[i], "TIFF")
+        assert images[i][0].shape == (3, 36, 36) and images[i][0].min() >= 250
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda root: (root / "annotations/animals_train.json").unlink(), "animals_train.json is missing"),
+    (lambda root: (root / "annotations/animals_train.json").write_text("{"), "not readable JSON"),
+    (lambda root: (root / "annotations/animals_train.json").write_text('{"images": 3}'), "not laid out"),
+    (lambda root: (root / "annotations/animals_train.json").write_text("[]"), "not laid out"),
+    (lambda root: edit(root, lambda c: c["images"].clear()), "lists no images"),
+    (lambda root: edit(root, lambda c: c["annotations"].pop()), "no annotation with a known category"),
+    (lambda root: edit(root, lambda c: c["annotations"][0].update(category_id=99)), "no annotation with a known category"),
+    (lambda root: next((root / "data/animals/train").glob("*/*")).unlink(), "is missing"),
+])
+def test_bad_files_are_named_in_one_line(tmp_path, damage, said):
+    damage(write_domain(tmp_path))
+    with pytest.raises(InputError, match=said) as error:
+        evaluate.Images(tmp_path, "animals", ["train"], 32)
+    assert "\n" not in str(error.value) and "animals" in str(error.value)
+
+
+def edit(root, change):
+    path = root / "annotations/animals_train.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_unknown_domains_measure_their_channel_statistics_and_the_ten_have_theirs(tmp_path):
+    write_domain(tmp_path)
+    write_domain(tmp_path, "dtd", first_id=10_000)
+    record = evaluate.describe(tmp_path, "animals", 32)
+    pixels = np.concatenate([np.asarray(Image.open(p)).reshape(-1, 3) for p in (tmp_path / "data/animals/train").glob("*/*")])
+    np.testing.assert_allclose(record["mean"], pixels.mean(0) / 255, atol=1e-6)
+    np.testing.assert_allclose(record["std"], (pixels / 255).std(0), atol=1e-6)
+    assert record["mirror"] and not evaluate.describe(tmp_path, "animals", 32, ["animals"])["mirror"]
+    dtd = evaluate.describe(tmp_path, "dtd", 32)
+    assert dtd["mean"] == [.5270, .4703, .4240] and not dtd["mirror"]
+
+
+# --- crops -----------------------------------------------------------------------------------------------------------
+
+def numbered(height, width):
+    """Every pixel holds its row and its column."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([rows, columns, torch.zeros_like(rows)]).to(torch.uint8)
+
+
+def test_crops_are_the_four_corners_the_centre_and_their_mirror_images():
+    image = numbered(36, 44)
+    crops = evaluate.test_crops([image], 32, 10)[0]
+    assert crops.shape == (10, 3, 32, 32)
+    corners = {(0, 0), (0, 12), (4, 0), (4, 12), (2, 6)}
+    assert {(int(c[0, 0, 0]), int(c[1, 0, 0])) for c in crops[:5]} == corners
+    for crop in crops[:5]:
+        assert torch.equal(crop[1, 0].int(), torch.arange(32).int() + int(crop[1, 0, 0]))
+    mirrored = {(int(c[0, 0, 0]), int(c[1, 0, -1])) for c in crops[5:]}
+    assert mirrored == corners and all(c[1, 0, 0] > c[1, 0, -1] for c in crops[5:])
+    assert torch.equal(evaluate.test_crops([image], 32, 5)[0], crops[:5])
+    assert torch.equal(evaluate.test_crops([image], 32, 1)[0, 0], image[:, 2:34, 6:38])
+
+
+def test_random_crops_reach_every_place_and_mirror_half():
+    image, order = numbered(36, 38), torch.Generator().manual_seed(0)
+    crops = evaluate.random_crops([image] * 2000, 32, True, order).int()
+    mirrored = crops[:, 1, 0, 0] > crops[:, 1, 0, 31]
+    assert 900 < mirrored.sum() < 1100
+    left = torch.minimum(crops[:, 1, 0, 0], crops[:, 1, 0, 31])
+    assert {*zip(crops[:, 0, 0, 0].tolist(), left.tolist())} == {(r, c) for r in range(5) for c in range(7)}
+    crops = evaluate.random_crops([image] * 50, 32, False, order).int()
+    assert (crops[:, 1, 0, 0] < crops[:, 1, 0, 31]).all()
+
+
+def test_predictions_average_the_probabilities_of_the_crops(tmp_path):
+    images = evaluate.Images(write_domain(tmp_path, size=(36, 44)), "animals", ["val"], 32)
+    for i in range(len(images)):
+        images.kept[i] = (numbered(44, 36) * (i + 1) % 251).to(torch.uint8)
+    record = {"mean": [.1, .2, .3], "std": [.5, .6, .7], "mirror": False}
+
+    class Network(torch.nn.Module):
+        def forward(self, x, domain):
+            return x[:, :, 0, 0] * 3
+    got = evaluate.predict(Network(), "animals", record, images, batch_size=5)
+    for i in range(len(images)):
+        probabilities = []
+        for top, left in ((0, 0), (0, 4), (12, 0), (12, 4), (6, 2)):
+            pixel = images.kept[i][:, top, left].double().numpy() / 255
+            logits = 3 * (pixel - record["mean"]) / record["std"]
+            probabilities.append(np.exp(logits) / np.exp(logits).sum())
+        np.testing.assert_allclose(got[i].numpy(), np.mean(probabilities, 0), atol=1e-5)
+    assert evaluate.accuracy(torch.eye(3)[torch.tensor(images.labels)], images) == 100
