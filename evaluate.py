@@ -324,6 +324,13 @@ def progress_line(total, what):
     return progress
 
 
+def check_device(device):
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 def stop(message):
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
@@ -345,6 +352,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
+    check_device(args.device)
 
     network, facts = ba2ps.load(args.model)
     if not network.domains:
