@@ -136,6 +136,14 @@ class Images(Dataset):
             yield items
 
 
+def load_model(path):
+    """ba2ps.load, with the facts that evaluating needs."""
+    network, facts = ba2ps.load(path)
+    if not {"image_size", "domains"} <= facts.keys() or not set(network.classifiers) <= facts["domains"].keys():
+        raise InputError(f"{path} does not say what its images are like: give a checkpoint of train.py or prune.py")
+    return network, facts
+
+
 def describe(root, domain, image_size, no_mirror=()):
     """What a checkpoint remembers of a domain: classes, category ids, channel means and deviations, mirroring."""
     images = Images(root, domain, ["train"], image_size)
@@ -354,7 +362,7 @@ def main():
     args = parser.parse_args()
     check_device(args.device)
 
-    network, facts = ba2ps.load(args.model)
+    network, facts = load_model(args.model)
     if not network.domains:
         raise InputError(f"{args.model} is a backbone without adapted domains: give train.py's model.pt")
     baseline = read_baseline(args.baseline) if args.baseline else None

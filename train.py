@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import ba2ps
 from ba2ps import InputError
-from evaluate import Images, accuracy, check_device, describe, normalise, predict, progress_line, random_crops, stop
+from evaluate import (Images, accuracy, check_device, describe, load_model, normalise, predict, progress_line,
+                      random_crops, stop)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the method: domains in round robin; cross-entropy + budget + sharing; two optimizers and a multiplier per domain
@@ -184,7 +185,7 @@ def parse():
     add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=1e-3, help="SGD, of batch-norm and classifiers")
     add("--switch-lr", type=float, default=1e-4, help="Adam, of the switches")
-    add("--multiplier-lr", type=float, default=0.02, help="step of the KKT multiplier, times the excess over the budget")
+    add("--multiplier-lr", type=float, default=0.1, help="step of the KKT multiplier, times the excess over the budget")
     add("--bn-as-trained", action="store_true", help="do not re-estimate batch-norm statistics for the final switches")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
     add("--seed", type=int, default=0)
@@ -215,7 +216,7 @@ def main():
 
     # the network: a backbone that is given, or a new one
     if args.backbone:
-        network, facts = ba2ps.load(args.backbone)
+        network, facts = load_model(args.backbone)
         if network.domains or network.source not in network.classifiers:
             raise InputError(f"--backbone {args.backbone} is an adapted model: give the backbone.pt of its run")
         for flag, value in (("source", network.source), ("depth", network.depth), ("widen_factor", network.widen_factor),

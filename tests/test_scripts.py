@@ -189,6 +189,7 @@ BAD = [  # script, words, what the line must name
     ("evaluate.py", ["TEXT", "--data", "DATA"], "text.pt"),
     ("evaluate.py", ["FOREIGN", "--data", "DATA"], "foreign.pt"),
     ("evaluate.py", ["RUN/backbone.pt", "--data", "DATA"], "backbone"),
+    ("evaluate.py", ["BARE", "--data", "DATA"], "bare.pt"),
     ("evaluate.py", ["RUN/model.pt", "--data", "nowhere"], "nowhere"),
     ("evaluate.py", ["RUN/model.pt", "--data", "CUT"], "cannot be read"),
     ("evaluate.py", ["RUN/model.pt", "--data", "OTHER"], "categories"),
@@ -210,7 +211,8 @@ BAD = [  # script, words, what the line must name
 def test_bad_input_gets_one_line_and_exit_code_2(script, words, named, data, trained, tmp_path, capsys):
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
-    places = {"DATA": data, "TEXT": tmp_path / "text.pt", "FOREIGN": tmp_path / "foreign.pt", "OUT": tmp_path / "out.pt"}
+    ba2ps.save(tmp_path / "bare.pt", ba2ps.WideResNet(10, 1, "animals", 3))  # a network that no script wrote
+    places = {"DATA": data, "BARE": tmp_path / "bare.pt", "TEXT": tmp_path / "text.pt", "FOREIGN": tmp_path / "foreign.pt", "OUT": tmp_path / "out.pt"}
     for name in {"CUT", "GONE", "OTHER"} & set(words):
         places[name] = tmp_path / name
         for i, domain in enumerate(["animals", "birds", "cars"]):
