@@ -185,7 +185,7 @@ def parse():
     add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=1e-3, help="SGD, of batch-norm and classifiers")
     add("--switch-lr", type=float, default=1e-4, help="Adam, of the switches")
-    add("--multiplier-lr", type=float, default=0.1, help="step of the KKT multiplier, times the excess over the budget")
+    add("--multiplier-lr", type=float, default=0.3, help="step of the KKT multiplier, times the excess over the budget")
     add("--bn-as-trained", action="store_true", help="do not re-estimate batch-norm statistics for the final switches")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
     add("--seed", type=int, default=0)
