@@ -508,42 +508,90 @@ def liveness(network, graph, domains):
     return live
 
 
+def _arrange(network, graph, live, domains):
+    """{node: rank (C,) of its channels}, the same for all nodes that are tied by an addition.
+
+    Channels are ranked so that what a layer reads lies side by side wherever possible: a slice needs no copy. Of the
+    sets that are read, the last first, each splits the blocks at both ends of the run that holds it, if there is one.
+    """
+    tied = {}  # node -> the list of masks read of it and of the nodes tied to it
+    for node in reversed(graph.nodes):
+        layer = network.get_submodule(node.target) if node.op == "call_module" else None
+        read = _reads(node, layer, live[node], domains)
+        for operand in _operands(node):
+            masks = tied.setdefault(operand, [])
+            if read is live[node] and node in tied and tied[node] is not masks:  # channelwise: tie both
+                merged = tied[node] + masks
+                tied.update({other: merged for other, its in tied.items() if its is tied[node] or its is masks})
+                masks = merged
+            if read.dim():
+                masks.append(read)
+    ranks = {}
+    for node, masks in tied.items():
+        blocks = [torch.arange(len(masks[0]))] if masks else []
+        for mask in masks:
+            inside = [bool(mask[block].any()) for block in blocks]
+            first, last = inside.index(True), len(inside) - 1 - inside[::-1].index(True)
+            if not all(mask[block].all() for block in blocks[first + 1:last]):
+                continue  # no run: this one is gathered
+            ends = {first: (False, True), last: (True, False)}
+            blocks = [part for i, block in enumerate(blocks)
+                      for part in ([block[mask[block] == on] for on in ends[i]] if i in ends else [block]) if len(part)]
+        if masks:
+            ranks[node] = torch.cat(blocks).argsort()
+    return ranks
+
+
 @torch.no_grad()
-def _cut(network, domains):
-    """A copy of `network` in which every layer has the channels left that `domains` read, and owns nothing else."""
+def _cut(network, domains, arrange=False, round_to=1):
+    """A copy of `network` in which every layer has the channels left that `domains` read, and owns nothing else.
+
+    arrange: choose the order of channels, so that few of them have to be gathered. round_to: fill up their number to a
+    multiple of it, with channels whose weights are zero.
+    """
     old, graph, modules = _Tracer().trace(network), fx.Graph(), {}
     live = liveness(network, old, domains)
-    new = {}  # node -> (its copy, which of its channels that yields: int64 positions, None for all)
+    ranks = _arrange(network, old, live, domains) if arrange else {}
+    new = {}  # node -> (its copy, which of its channels that yields: int64 positions, -1 for a filling; None for all)
+
+    def positions(mask, node):
+        at = mask.nonzero().flatten()
+        at = at[ranks[node][at].argsort()] if node in ranks else at
+        return F.pad(at, (0, -len(at) % round_to), value=-1)
 
     def take(operand, wanted):
-        """The copy of `operand`, followed by a Select where it yields more than the channels `wanted`."""
+        """The copy of `operand`, followed by a Select where it does not yield the channels `wanted` and no others."""
         node, left = new[operand]
-        if wanted is None or left is not None and torch.equal(wanted, left):
+        if wanted is None and left is not None:
+            wanted = torch.arange(int((left >= 0).sum()))
+        if wanted is None or left is None and torch.equal(wanted, torch.arange(len(wanted))) or torch.equal(wanted, left):
             return node
-        left = torch.arange(int(wanted.max()) + 1) if left is None else left
+        place = torch.zeros(max(int(wanted.max()), int(left.max())) + 1, dtype=torch.long)
+        place[left[left >= 0]] = torch.arange(len(left))[left >= 0]
         name = f"select_{len(modules)}"
-        modules[name] = Select(torch.searchsorted(left, wanted), len(left))
+        modules[name] = Select(place[wanted.clamp(min=0)], len(left))
         return graph.call_module(name, (node,))
 
     for node in old.nodes:
         layer = copy.deepcopy(network.get_submodule(node.target)) if node.op == "call_module" else None
-        if node.target in modules and any(True for _ in layer.parameters()):
+        if node.target in modules and next(layer.parameters(), None) is not None:
             raise ValueError(f"{node.target} is called twice: pruning needs a layer of its own for every call")
-        read = _reads(node, layer, live[node], domains)
-        wanted = read.nonzero().flatten() if read.dim() else None
         if isinstance(layer, Select):
-            yields = live[node].expand(len(layer.index)).nonzero().flatten()
-            new[node] = take(node.args[0], layer.index[yields]), yields
+            yields = positions(live[node].expand(len(layer.index)), node)
+            new[node] = take(node.args[0], torch.where(yields < 0, yields, layer.index[yields])), yields
             continue
+        read = _reads(node, layer, live[node], domains)
+        wanted = positions(read, _operands(node)[0]) if read.dim() else None
         operands = {operand: take(operand, wanted) for operand in _operands(node)}
-        yields = wanted
+        yields = wanted if read is live[node] else None
         if isinstance(layer, nn.Conv2d) and layer.groups == 1:
-            yields = live[node].expand(layer.out_channels).nonzero().flatten()
+            yields = positions(live[node].expand(layer.out_channels), node)
             cut_conv(layer, wanted, yields)
         elif isinstance(layer, DomainBatchNorm2d) and wanted is not None:
             cut_batch_norm(layer, wanted)
         elif isinstance(layer, DomainLinear):
-            yields = None
+            for linear in layer.values():
+                linear.weight = nn.Parameter(_rows(linear.weight.mT, wanted).mT.contiguous())
         if node.op == "call_module":
             modules[node.target] = layer
         new[node] = graph.node_copy(node, lambda n: operands.get(n, new[n][0])), yields
@@ -553,28 +601,72 @@ def _cut(network, domains):
     return pruned
 
 
+def _rows(tensor, at, filling=0.0):
+    """The rows of `tensor` at these positions; `filling` for -1."""
+    rows = tensor.detach()[at.clamp(min=0).to(tensor.device)]
+    rows[(at < 0).to(tensor.device)] = filling
+    return rows
+
+
 def cut_conv(conv, channels, filters):
-    """Keep the input channels and filters at these positions (int64, ascending), in place; None: all channels."""
-    weight = conv.weight.detach()[filters.to(conv.weight.device)]
+    """Keep the input channels and filters at these positions (int64; -1: new ones of zeros), in place; None: all."""
     conv.total_filters = getattr(conv, "total_filters", conv.out_channels)  # of the backbone
+    weight = _rows(conv.weight, filters)
     if channels is not None:
-        weight = weight[:, channels.to(weight.device)]
-        conv.kept = torch.zeros_like(conv.kept).index_fill_(0, conv.kept.nonzero().flatten()[channels], True)
+        weight = _rows(weight.transpose(0, 1), channels).transpose(0, 1)
+        conv.kept = torch.zeros_like(conv.kept).index_fill_(0, conv.kept.nonzero().flatten()[channels[channels >= 0]], True)
         for domain, switches in conv.switches.items():
-            conv.switches[domain] = nn.Parameter(switches.detach()[channels.to(switches.device)])
+            conv.switches[domain] = nn.Parameter(_rows(switches, channels, filling=1.0))
     conv.weight = nn.Parameter(weight.contiguous(), requires_grad=conv.weight.requires_grad)
     if conv.bias is not None:
-        conv.bias = nn.Parameter(conv.bias.detach()[filters.to(weight.device)], requires_grad=conv.bias.requires_grad)
+        conv.bias = nn.Parameter(_rows(conv.bias, filters), requires_grad=conv.bias.requires_grad)
     conv.out_channels, conv.in_channels = weight.shape[:2]
 
 
 def cut_batch_norm(norms, channels):
-    """Keep the rows at these positions (int64, ascending) of every domain's batch-norm, in place."""
+    """Keep the rows at these positions (int64; -1: one that yields 0) of every domain's batch-norm, in place."""
     for norm in norms.values():
         for name, rows in [*norm.named_parameters(), *norm.named_buffers()]:
             if rows.dim():
-                rows.data = rows.data[channels.to(rows.device)]
+                rows.data = _rows(rows, channels, filling=float(name == "running_var"))
         norm.num_features = len(channels)
+
+
+def dense(network, domain=None, round_to=1):
+    """A plain network that serves `domain` alone: nn.Conv2d and nn.Linear of its own channels, forward(x) in eval mode.
+
+    Batch-norm is folded into the convolution before it; one with no convolution before it stays. The order of channels is
+    chosen so that a layer finds what it reads side by side, as a slice; where that cannot be, it is gathered. round_to
+    fills the number of channels up to a multiple of it, with zeros. domain: default, the only one of a pruned network.
+    """
+    domain = domain or list(network.classifiers)[-1]
+    if domain not in network.classifiers:
+        raise InputError(f"no domain {domain}: choose among {', '.join(network.classifiers)}")
+    cut = _cut(network, [domain], arrange=True, round_to=round_to)
+    graph, modules = fx.Graph(), {}
+    new = {}
+    for node in cut.graph.nodes:
+        layer = cut.get_submodule(node.target) if node.op == "call_module" else None
+        if node.target == "domain":
+            continue
+        if isinstance(layer, SwitchedConv2d):
+            modules[node.target] = plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
+                                             layer.padding, layer.dilation, bias=layer.bias is not None, padding_mode=layer.padding_mode)
+            plain.weight, plain.bias = layer.weight, layer.bias
+        elif isinstance(layer, DomainModules):
+            before = node.args[0]
+            if isinstance(layer, DomainBatchNorm2d) and isinstance(modules.get(before.target), nn.Conv2d) and len(before.users) == 1:
+                modules[before.target] = nn.utils.fuse_conv_bn_eval(modules[before.target].eval(), layer[domain].eval())
+                new[node] = new[before]
+                continue
+            modules[node.target] = layer[domain]
+        elif layer is not None:
+            modules[node.target] = layer
+        if node.op == "call_module":
+            new[node] = graph.call_module(node.target, (new[node.args[0]],))
+        else:
+            new[node] = graph.node_copy(node, new.get)
+    return fx.GraphModule(modules, graph).eval().requires_grad_(False)
 
 
 def prune(network, domains=None, keep_source=False):
