@@ -491,7 +491,7 @@ def _reads(node, layer, live, domains):
     if isinstance(layer, Select):
         return torch.zeros(layer.in_channels, dtype=torch.bool).index_fill_(0, layer.index[live.expand(len(layer.index))], True)
     if layer is None:
-        pooled = node.target == "mean" and tuple(node.kwargs.get("dim", node.args[1:])) == (2, 3)
+        pooled = node.target == "mean" and node.kwargs.get("dim", node.args[1:] and node.args[1]) == (2, 3)
         known = pooled or node.target in CHANNELWISE
         return live if known and all(operand.op != "get_attr" for operand in _operands(node)) else ALL
     return live if isinstance(layer, CHANNELWISE_MODULES) else ALL
@@ -509,35 +509,37 @@ def liveness(network, graph, domains):
 
 
 def _arrange(network, graph, live, domains):
-    """{node: rank (C,) of its channels}, the same for all nodes that are tied by an addition.
+    """{node: (C,) rank of its channels}, the same for all nodes tied by an addition or another channelwise operation.
 
-    Channels are ranked so that what a layer reads lies side by side wherever possible: a slice needs no copy. Of the
-    sets that are read, the last first, each splits the blocks at both ends of the run that holds it, if there is one.
+    What a layer reads should lie side by side: a slice is free, or nearly so, a gather is not. Channels are sorted by who
+    reads them, the last reader first, in the order of a reflected Gray code: the first two sets are then one run each,
+    the third two runs, and what anyone reads later on is always one run.
     """
-    tied = {}  # node -> the list of masks read of it and of the nodes tied to it
+    tied = {}  # node -> masks that are read of it and of all nodes tied to it: one list for all of them
     for node in reversed(graph.nodes):
         layer = network.get_submodule(node.target) if node.op == "call_module" else None
         read = _reads(node, layer, live[node], domains)
         for operand in _operands(node):
             masks = tied.setdefault(operand, [])
-            if read is live[node] and node in tied and tied[node] is not masks:  # channelwise: tie both
-                merged = tied[node] + masks
-                tied.update({other: merged for other, its in tied.items() if its is tied[node] or its is masks})
-                masks = merged
+            if read is live[node] and node in tied and tied[node] is not masks:
+                both = tied[node] + masks
+                tied.update({n: both for n, its in tied.items() if its is tied[node] or its is masks})
+                masks = both
             if read.dim():
                 masks.append(read)
     ranks = {}
     for node, masks in tied.items():
-        blocks = [torch.arange(len(masks[0]))] if masks else []
+        blocks = [torch.arange(len(mask)) for mask in masks[:1]]
         for mask in masks:
-            inside = [bool(mask[block].any()) for block in blocks]
-            first, last = inside.index(True), len(inside) - 1 - inside[::-1].index(True)
-            if not all(mask[block].all() for block in blocks[first + 1:last]):
-                continue  # no run: this one is gathered
-            ends = {first: (False, True), last: (True, False)}
-            blocks = [part for i, block in enumerate(blocks)
-                      for part in ([block[mask[block] == on] for on in ends[i]] if i in ends else [block]) if len(part)]
-        if masks:
+            inside, halves = False, []
+            for block in blocks:  # each is split in two, and begins with the kind that the one before it ended with
+                for kind in (inside, not inside):
+                    half = block[mask[block] == kind]
+                    if len(half):
+                        halves.append(half)
+                        inside = kind
+            blocks = halves
+        if blocks:
             ranks[node] = torch.cat(blocks).argsort()
     return ranks
 
@@ -568,8 +570,10 @@ def _cut(network, domains, arrange=False, round_to=1):
             return node
         place = torch.zeros(max(int(wanted.max()), int(left.max())) + 1, dtype=torch.long)
         place[left[left >= 0]] = torch.arange(len(left))[left >= 0]
+        index = place[wanted[wanted >= 0]]
+        filling = (index[-1] + 1 + torch.arange(len(wanted) - len(index))) % len(left)  # any; these prolong the last run
         name = f"select_{len(modules)}"
-        modules[name] = Select(place[wanted.clamp(min=0)], len(left))
+        modules[name] = Select(torch.cat([index, filling]), len(left))
         return graph.call_module(name, (node,))
 
     for node in old.nodes:
@@ -632,41 +636,57 @@ def cut_batch_norm(norms, channels):
         norm.num_features = len(channels)
 
 
+@torch.no_grad()
 def dense(network, domain=None, round_to=1):
-    """A plain network that serves `domain` alone: nn.Conv2d and nn.Linear of its own channels, forward(x) in eval mode.
+    """A plain network that serves `domain` alone, forward(x), for inference: nn.Conv2d, nn.Linear, and torch functions.
 
-    Batch-norm is folded into the convolution before it; one with no convolution before it stays. The order of channels is
-    chosen so that a layer finds what it reads side by side, as a slice; where that cannot be, it is gathered. round_to
-    fills the number of channels up to a multiple of it, with zeros. domain: default, the only one of a pruned network.
+    It has the domain's own channels, not those of all domains. Batch-norm is folded into the convolution before it; one
+    with none before it becomes an addcmul. Channels are ordered so that a layer finds what it reads side by side: a
+    slice, or a few slices put together. round_to fills the number of channels up to a multiple of it, with zeros.
+    domain: default, the last one, the only one of a network pruned to it.
     """
     domain = domain or list(network.classifiers)[-1]
     if domain not in network.classifiers:
         raise InputError(f"no domain {domain}: choose among {', '.join(network.classifiers)}")
-    cut = _cut(network, [domain], arrange=True, round_to=round_to)
-    graph, modules = fx.Graph(), {}
-    new = {}
+    cut = _cut(copy.deepcopy(network).eval(), [domain], arrange=True, round_to=round_to)
+    graph, layers, new = fx.Graph(), {}, {}
     for node in cut.graph.nodes:
         layer = cut.get_submodule(node.target) if node.op == "call_module" else None
+        x = new.get(node.args[0]) if node.args else None
+        fresh = x is not None and len(node.args[0].users) == 1 and x.target is not torch.narrow  # nobody else sees it
         if node.target == "domain":
             continue
-        if isinstance(layer, SwitchedConv2d):
-            modules[node.target] = plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
-                                             layer.padding, layer.dilation, bias=layer.bias is not None, padding_mode=layer.padding_mode)
-            plain.weight, plain.bias = layer.weight, layer.bias
-        elif isinstance(layer, DomainModules):
-            before = node.args[0]
-            if isinstance(layer, DomainBatchNorm2d) and isinstance(modules.get(before.target), nn.Conv2d) and len(before.users) == 1:
-                modules[before.target] = nn.utils.fuse_conv_bn_eval(modules[before.target].eval(), layer[domain].eval())
-                new[node] = new[before]
+        if isinstance(layer, Select):
+            breaks = (layer.index.diff() != 1).nonzero().flatten() + 1
+            runs = [graph.call_function(torch.narrow, (x, 1, int(run[0]), len(run)))
+                    for run in layer.index.tensor_split(breaks)]
+            new[node] = runs[0] if len(runs) == 1 else graph.call_function(torch.cat, (runs, 1))
+        elif isinstance(layer, DomainBatchNorm2d):
+            norm, conv = layer[domain], layers.get(x.target)
+            if isinstance(conv, nn.Conv2d) and fresh:
+                layers[x.target] = nn.utils.fuse_conv_bn_eval(conv, norm)
+                new[node] = x
                 continue
-            modules[node.target] = layer[domain]
-        elif layer is not None:
-            modules[node.target] = layer
-        if node.op == "call_module":
-            new[node] = graph.call_module(node.target, (new[node.args[0]],))
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            name = node.target.replace(".", "_")
+            layers[f"{name}_scale"] = scale.view(-1, 1, 1)
+            layers[f"{name}_shift"] = (norm.bias - norm.running_mean * scale).view(-1, 1, 1)
+            new[node] = graph.call_function(torch.addcmul, (graph.get_attr(f"{name}_shift"), x, graph.get_attr(f"{name}_scale")))
+        elif isinstance(layer, SwitchedConv2d):
+            plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+                              layer.dilation, bias=layer.bias is not None, padding_mode=layer.padding_mode)
+            plain.weight, plain.bias = layer.weight, layer.bias
+            layers[node.target], new[node] = plain.eval(), graph.call_module(node.target, (x,))
+        elif node.op == "call_module":
+            layers[node.target] = layer[domain] if isinstance(layer, DomainModules) else layer
+            new[node] = graph.call_module(node.target, (x,))
+        elif node.target is operator.add and isinstance(layers.get(new[node.args[1]].target), nn.Conv2d):
+            new[node] = graph.call_function(operator.iadd, (new[node.args[1]], x))  # into what the convolution has yielded
+        elif node.target is F.relu and fresh:
+            new[node] = graph.call_function(torch.relu_, (x,))
         else:
             new[node] = graph.node_copy(node, new.get)
-    return fx.GraphModule(modules, graph).eval().requires_grad_(False)
+    return fx.GraphModule(layers, graph).eval().requires_grad_(False)
 
 
 def prune(network, domains=None, keep_source=False):
