@@ -375,7 +375,7 @@ def params(network, domains=None):
             kept += _floats(module, module.in_channels)
         elif isinstance(module, DomainBatchNorm2d):
             kept += 4 * module.total_features * len(domains)
-    return kept / _backbone(network)
+    return kept / backbone_params(network)
 
 
 @torch.no_grad()
@@ -388,7 +388,7 @@ def stored_params(network):
     adapted, convs = network.domains, [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     stored = sum(parameter.numel() for conv in convs for parameter in conv.parameters(recurse=False))
     stored += 4 * sum(len(rows) for domain in network.classifiers for rows in batch_norm_rows(network, domain).values())
-    return (stored + len(adapted) * _total(switched_layers(network).values()) / 32) / _backbone(network)
+    return (stored + len(adapted) * _total(switched_layers(network).values()) / 32) / backbone_params(network)
 
 
 def _floats(conv, channels):
@@ -397,7 +397,8 @@ def _floats(conv, channels):
     return filters * (conv.weight[0, 0].numel() * channels // conv.groups + (conv.bias is not None))
 
 
-def _backbone(network):
+def backbone_params(network):
+    """Weights (and biases) of the backbone's convolutions, whatever is left of them: the unit of params."""
     return sum(_floats(module, getattr(module, "total_channels", module.in_channels))
                for module in network.modules() if isinstance(module, nn.Conv2d))
 
@@ -689,6 +690,15 @@ def dense(network, domain=None, round_to=1):
     return fx.GraphModule(layers, graph).eval().requires_grad_(False)
 
 
+def specialise(network, round_to=1):
+    """`dense` for every domain that `network` serves, in one module with its forward(x, domain).
+
+    Going from one domain to another is a look-up, nothing is copied, and each runs at its own complexity, not the union's.
+    The price is memory: every domain holds its own weights, batch-norm being folded into them.
+    """
+    return DomainModules({domain: dense(network, domain, round_to) for domain in network.classifiers}).eval()
+
+
 def prune(network, domains=None, keep_source=False):
     """A smaller copy of `network` for `domains` (default: all adapted ones), with the same logits for each of them.
 
@@ -857,6 +867,15 @@ def load(path):
     except (KeyError, AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise InputError(f"{path} is damaged or of another architecture: {_first_line(error)}") from None
     return network, checkpoint
+
+
+def load_dense(path):
+    """(dense network, facts) of a checkpoint that prune.py --domain wrote: forward(x), in the memory format chosen then."""
+    network, facts = load(path)
+    if "dense" not in facts:
+        raise InputError(f"{path} is not for one domain: write it with prune.py --domain NAME")
+    model = dense(network, round_to=facts["dense"]["round_to"])
+    return model.to(memory_format=torch.channels_last if facts["dense"]["channels_last"] else torch.contiguous_format), facts
 
 
 def _first_line(error):
