@@ -562,12 +562,14 @@ def _cut(network, domains, arrange=False, round_to=1):
         at = at[ranks[node][at].argsort()] if node in ranks else at
         return F.pad(at, (0, -len(at) % round_to), value=-1)
 
-    def take(operand, wanted):
-        """The copy of `operand`, followed by a Select where it does not yield the channels `wanted` and no others."""
+    def take(operand, wanted, total):
+        """The copy of `operand`, followed by a Select unless that yields just the channels `wanted` (None: all `total`)."""
         node, left = new[operand]
-        if wanted is None and left is not None:
-            wanted = torch.arange(int((left >= 0).sum()))
-        if wanted is None or left is None and torch.equal(wanted, torch.arange(len(wanted))) or torch.equal(wanted, left):
+        if wanted is None and left is None:
+            return node
+        wanted = torch.arange(int((left >= 0).sum())) if wanted is None else wanted
+        left = torch.arange(total) if left is None else left
+        if torch.equal(wanted, left):
             return node
         place = torch.zeros(max(int(wanted.max()), int(left.max())) + 1, dtype=torch.long)
         place[left[left >= 0]] = torch.arange(len(left))[left >= 0]
@@ -583,11 +585,11 @@ def _cut(network, domains, arrange=False, round_to=1):
             raise ValueError(f"{node.target} is called twice: pruning needs a layer of its own for every call")
         if isinstance(layer, Select):
             yields = positions(live[node].expand(len(layer.index)), node)
-            new[node] = take(node.args[0], torch.where(yields < 0, yields, layer.index[yields])), yields
+            new[node] = take(node.args[0], torch.where(yields < 0, yields, layer.index[yields]), layer.in_channels), yields
             continue
         read = _reads(node, layer, live[node], domains)
         wanted = positions(read, _operands(node)[0]) if read.dim() else None
-        operands = {operand: take(operand, wanted) for operand in _operands(node)}
+        operands = {operand: take(operand, wanted, read.numel()) for operand in _operands(node)}
         yields = wanted if read is live[node] else None
         if isinstance(layer, nn.Conv2d) and layer.groups == 1:
             yields = positions(live[node].expand(layer.out_channels), node)
@@ -673,9 +675,9 @@ def dense(network, domain=None, round_to=1):
             layers[f"{name}_scale"] = scale.view(-1, 1, 1)
             layers[f"{name}_shift"] = (norm.bias - norm.running_mean * scale).view(-1, 1, 1)
             new[node] = graph.call_function(torch.addcmul, (graph.get_attr(f"{name}_shift"), x, graph.get_attr(f"{name}_scale")))
-        elif isinstance(layer, SwitchedConv2d):
+        elif isinstance(layer, nn.Conv2d):
             plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                              layer.dilation, bias=layer.bias is not None, padding_mode=layer.padding_mode)
+                              layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode)
             plain.weight, plain.bias = layer.weight, layer.bias
             layers[node.target], new[node] = plain.eval(), graph.call_module(node.target, (x,))
         elif node.op == "call_module":
