@@ -13,6 +13,7 @@ as in the paper's Table 2, where input channels alone are pruned, and as stored,
 of the convolutions. Latency is measured here and now, of the untouched backbone and of each domain's dense network.
 """
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -33,20 +34,17 @@ def latency(models, batch_size, image_size, seconds=1.0):
     The median of interleaved repeats, for about so many seconds in all but at least three times.
     """
     images, runs = torch.randn(batch_size, 3, image_size, image_size), []
-    for model in models:
-        timed = []
+    for number, model in enumerate(models):
         for memory_format in (torch.contiguous_format, torch.channels_last):
-            model, x = model.to(memory_format=memory_format), images.contiguous(memory_format=memory_format)
-            model(x)
-            timed.append((min(_milliseconds(model, x) for _ in range(3)), memory_format, x))
-        _, memory_format, x = min(timed, key=lambda row: row[0])
-        runs.append((model, memory_format, x, []))
+            copied, x = copy.deepcopy(model).to(memory_format=memory_format), images.contiguous(memory_format=memory_format)
+            copied(x)
+            runs.append((number, memory_format, copied, x, []))
     end = time.perf_counter() + seconds
-    while len(runs[0][3]) < 3 or time.perf_counter() < end:
-        for model, memory_format, x, times in runs:
-            model.to(memory_format=memory_format)  # two of the models may be one
+    while len(runs[0][-1]) < 3 or time.perf_counter() < end:
+        for _, _, model, x, times in runs:
             times.append(_milliseconds(model, x))
-    return [(statistics.median(times), memory_format) for _, memory_format, _, times in runs]
+    medians = [(number, statistics.median(times), memory_format) for number, memory_format, _, _, times in runs]
+    return [min((row[1:] for row in medians if row[0] == number), key=lambda row: row[0]) for number in range(len(models))]
 
 
 def _milliseconds(model, x):
@@ -55,11 +53,15 @@ def _milliseconds(model, x):
     return 1e3 * (time.perf_counter() - start)
 
 
-def plain_backbone(network):
-    """The backbone of `network` untouched, forward(x); its weights are random, time does not depend on them."""
-    backbone = ba2ps.WideResNet(network.depth, network.widen_factor, "backbone", 10).eval()
-    backbone.forward = lambda x, forward=backbone.forward: forward(x, "backbone")
-    return backbone
+class Backbone(ba2ps.WideResNet):
+    """The backbone of `network`, untouched, forward(x); its weights are random, time does not depend on them."""
+
+    def __init__(self, network):
+        super().__init__(network.depth, network.widen_factor, "backbone", 10)
+        self.eval()
+
+    def forward(self, x):
+        return super().forward(x, "backbone")
 
 
 def show_layers(before, after, image_size):
@@ -92,7 +94,7 @@ def show_domains(network, dense, image_size, measured):
         params = sum(p.numel() for conv in convs for p in conv.parameters()) + sum(b.numel() for b in model.buffers())
         cells = ""
         for batch_size in (1, 32) if measured else ():
-            (whole, _), (own, _) = latency([plain_backbone(network), model], batch_size, image_size)
+            (whole, _), (own, _) = latency([Backbone(network), model], batch_size, image_size)
             cells += f"   {whole:9.2f} -> {own:7.2f} {whole / own:5.1f}x"
         print(f"{domain:{width}}{channels:6}/{total:<5}{ba2ps.macs(model, None, image_size) / backbone:7.3f}"
               f"{params / ba2ps.backbone_params(network):9.3f}{cells}")

@@ -9,6 +9,7 @@ torch-pruning installed, the same backbone pruned by it to the same channels whe
 residual stream is one width per group, so block inputs stay as wide as the stream) is timed next to ours.
 """
 import argparse
+import copy
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ba2ps
-from prune import latency, plain_backbone
+from prune import Backbone, latency
 
 STORED = {0.25: 0.25, 0.5: 0.46, 0.75: 0.73}  # at most
 SPEED = {32: 0.70, 1: 0.50}  # at least, of the MAC ratio, at usage 0.25 and 0.5; batch size -> share
@@ -41,49 +42,37 @@ def masked(usage, domains=9, seed=0):
     return net.eval()
 
 
-class Plain(nn.Module):
+def plain(net):
     """The backbone as ordinary layers, which is what torch-pruning knows."""
-
-    def __init__(self, net):
-        super().__init__()
-        model = torch.fx.GraphModule(*_plain(net))
-        self.model = model
-
-    def forward(self, x):
-        return self.model(x)
-
-
-def _plain(net):
     graph, layers, new = torch.fx.Graph(), {}, {}
     for node in ba2ps._Tracer().trace(net).nodes:
         if node.op == "call_module":
-            layer = net.get_submodule(node.target)
+            layer = copy.deepcopy(net.get_submodule(node.target))
             if isinstance(layer, ba2ps.DomainModules):
                 layer = layer[net.source]
             elif isinstance(layer, nn.Conv2d):
                 conv = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, bias=False)
-                conv.weight, layer = layer.weight, conv
+                conv.weight = layer.weight
+                layer = conv
             layers[node.target], new[node] = layer, graph.call_module(node.target, (new[node.args[0]],))
         elif node.target != "domain":
             new[node] = graph.node_copy(node, new.get)
-    return layers, graph
+    return torch.fx.GraphModule(layers, graph).eval()
 
 
 def torch_pruned(net, model):
     """The backbone pruned by torch-pruning: inside every block the widths of ours, the stream as wide as ours is."""
     import torch_pruning
-    plain = Plain(net).eval()
-    for parameter in plain.parameters():
-        parameter.requires_grad_(True)
+    theirs = plain(net)
     example = torch.randn(1, 3, 64, 64)
     ours = {name: conv for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d)}
-    for name, conv in list(plain.model.named_modules()):
+    for name, conv in list(theirs.named_modules()):
         if isinstance(conv, nn.Conv2d) and (name.endswith("conv1") or name.endswith("shortcut")):
-            graph = torch_pruning.DependencyGraph().build_dependency(plain, example_inputs=example)
+            graph = torch_pruning.DependencyGraph().build_dependency(theirs, example_inputs=example)
             surplus = list(range(ours[name].out_channels, conv.out_channels))
             if surplus:
                 graph.get_pruning_group(conv, torch_pruning.prune_conv_out_channels, idxs=surplus).prune()
-    return plain
+    return theirs
 
 
 @torch.no_grad()
@@ -92,7 +81,7 @@ def inference(args):
     backbone = None
     for usage, most in STORED.items():
         net = masked(usage)
-        backbone = backbone or plain_backbone(net)
+        backbone = backbone or Backbone(net)
         small = ba2ps.prune(net)
         stored, model = ba2ps.stored_params(small), ba2ps.dense(small, "d0", args.round_to)
         promise = ba2ps.macs(net) / ba2ps.macs(model)
@@ -107,7 +96,7 @@ def inference(args):
         except ImportError:
             pass
         if args.compile:
-            models["dense, compiled"], models["backbone, compiled"] = torch.compile(model), torch.compile(plain_backbone(net))
+            models["dense, compiled"], models["backbone, compiled"] = torch.compile(model), torch.compile(Backbone(net))
         for batch_size, share in SPEED.items():
             (whole, form), *rest = latency([backbone, *models.values()], batch_size, 64, args.seconds)
             for (name, other), (time, memory_format) in zip(models.items(), rest):

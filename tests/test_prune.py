@@ -69,7 +69,7 @@ def brute_force(net, domains):
     def matters(part):
         before = part.clone()
         part += torch.randn_like(part)
-        changed = any((net(x, domain) - logits).abs().max() > 1e-9 for domain, logits in zip(domains, expected))
+        changed = any(not torch.equal(net(x, domain), logits) for domain, logits in zip(domains, expected))
         part.copy_(before)
         return changed
     for name, conv in net.named_modules():
@@ -84,7 +84,7 @@ def test_exactly_what_cannot_change_any_logit_is_gone():
     net = network(2, 10, 1, share_on=0.2).double()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.weight.mul_(0.01)  # no ReLU is shut for all inputs: what is read does matter
+            module.weight.mul_(0.1)  # no ReLU is shut for all inputs: what is read does matter
             module.bias.add_(30)
     for domains in (["d0", "d1"], ["d1"]):
         small = ba2ps.prune(net, domains)
