@@ -451,7 +451,11 @@ class Select(nn.Module):
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, x):
-        return x.index_select(1, self.index)
+        if x.is_contiguous():
+            return x.index_select(1, self.index)
+        pixels = x.permute(0, 2, 3, 1)  # channels-last: index_select would hand back NCHW, for the next layer to convert
+        chosen = pixels.flatten(0, 2).index_select(1, self.index)  # (B * H * W, C_out)
+        return chosen.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
 
 
 class GraphNetwork(MultiDomain, fx.GraphModule):
@@ -513,8 +517,8 @@ def _arrange(network, graph, live, domains):
     """{node: (C,) rank of its channels}, the same for all nodes tied by an addition or another channelwise operation.
 
     What a layer reads should lie side by side: a slice is free, or nearly so, a gather is not. Channels are sorted by who
-    reads them, the last reader first, in the order of a reflected Gray code: the first two sets are then one run each,
-    the third two runs, and what anyone reads later on is always one run.
+    reads them, the last reader first, in the order of a reflected Gray code: the sets of the last two readers are then a
+    run each, and so is, at any point, what is read from there on.
     """
     tied = {}  # node -> masks that are read of it and of all nodes tied to it: one list for all of them
     for node in reversed(graph.nodes):
@@ -644,8 +648,8 @@ def dense(network, domain=None, round_to=1):
     """A plain network that serves `domain` alone, forward(x), for inference: nn.Conv2d, nn.Linear, and torch functions.
 
     It has the domain's own channels, not those of all domains. Batch-norm is folded into the convolution before it; one
-    with none before it becomes an addcmul. Channels are ordered so that a layer finds what it reads side by side: a
-    slice, or a few slices put together. round_to fills the number of channels up to a multiple of it, with zeros.
+    with none before it becomes an addcmul. Channels are ordered so that many layers find what they read side by side, as a
+    slice; the residual connections all do. round_to fills the number of channels up to a multiple of it, with zeros.
     domain: default, the last one, the only one of a network pruned to it.
     """
     domain = domain or list(network.classifiers)[-1]
@@ -660,10 +664,11 @@ def dense(network, domain=None, round_to=1):
         if node.target == "domain":
             continue
         if isinstance(layer, Select):
-            breaks = (layer.index.diff() != 1).nonzero().flatten() + 1
-            runs = [graph.call_function(torch.narrow, (x, 1, int(run[0]), len(run)))
-                    for run in layer.index.tensor_split(breaks)]
-            new[node] = runs[0] if len(runs) == 1 else graph.call_function(torch.cat, (runs, 1))
+            first, number = int(layer.index[0]), len(layer.index)
+            if torch.equal(layer.index, torch.arange(first, first + number)):
+                new[node] = graph.call_function(torch.narrow, (x, 1, first, number))
+            else:
+                layers[node.target], new[node] = layer, graph.call_module(node.target, (x,))
         elif isinstance(layer, DomainBatchNorm2d):
             norm, conv = layer[domain], layers.get(x.target)
             if isinstance(conv, nn.Conv2d) and fresh:
