@@ -174,7 +174,7 @@ class MultiDomain:
             if isinstance(module, nn.Conv2d):
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(False)
-            elif isinstance(module, DomainModules):
+            elif isinstance(module, DomainModules) and self.source in module:
                 module[self.source].requires_grad_(False)
 
 
@@ -461,15 +461,15 @@ class Select(nn.Module):
 class GraphNetwork(MultiDomain, fx.GraphModule):
     """A network of many domains given by its graph, what prune and add_switches return; forward(x, domain)."""
 
-    def __init__(self, modules, graph, like):
+    def __init__(self, modules, graph, source, like):
         super().__init__(modules, graph)
-        self.source = like.source
+        self.source = source
         self.depth, self.widen_factor = getattr(like, "depth", None), getattr(like, "widen_factor", None)
         self.train(like.training)
 
     def __deepcopy__(self, memo):  # GraphModule's own forgets the attributes
         modules = {node.target: self.get_submodule(node.target) for node in self.graph.nodes if node.op == "call_module"}
-        return GraphNetwork(copy.deepcopy(modules, memo), copy.deepcopy(self.graph), self)
+        return GraphNetwork(copy.deepcopy(modules, memo), copy.deepcopy(self.graph), self.source, self)
 
 
 class _Tracer(fx.Tracer):
@@ -484,7 +484,7 @@ ALL = torch.tensor(True)  # a mask of all channels, however many
 
 
 def _operands(node):
-    return [operand for operand in node.all_input_nodes if operand.target != "domain"]
+    return [operand for operand in node.all_input_nodes if (operand.op, operand.target) != ("placeholder", "domain")]
 
 
 def _reads(node, layer, live, domains):
@@ -494,7 +494,8 @@ def _reads(node, layer, live, domains):
     if isinstance(layer, DomainLinear):
         return torch.ones(next(iter(layer.values())).in_features, dtype=torch.bool)
     if isinstance(layer, Select):
-        return torch.zeros(layer.in_channels, dtype=torch.bool).index_fill_(0, layer.index[live.expand(len(layer.index))], True)
+        chosen = layer.index[live.expand(len(layer.index))]
+        return torch.zeros(layer.in_channels, dtype=torch.bool).index_fill_(0, chosen, True)
     if layer is None:
         pooled = node.target == "mean" and node.kwargs.get("dim", node.args[1:] and node.args[1]) == (2, 3)
         known = pooled or node.target in CHANNELWISE
@@ -606,7 +607,7 @@ def _cut(network, domains, arrange=False, round_to=1):
         if node.op == "call_module":
             modules[node.target] = layer
         new[node] = graph.node_copy(node, lambda n: operands.get(n, new[n][0])), yields
-    pruned = GraphNetwork(modules, graph, network)
+    pruned = GraphNetwork(modules, graph, network.source, network)
     for domain in [domain for domain in pruned.classifiers if domain not in domains]:
         pruned.remove_domain(domain)
     return pruned
@@ -660,7 +661,8 @@ def dense(network, domain=None, round_to=1):
     for node in cut.graph.nodes:
         layer = cut.get_submodule(node.target) if node.op == "call_module" else None
         x = new.get(node.args[0]) if node.args else None
-        fresh = x is not None and len(node.args[0].users) == 1 and x.target is not torch.narrow  # nobody else sees it
+        alone = x is not None and len(node.args[0].users) == 1
+        convs = [name for name, made in layers.items() if isinstance(made, nn.Conv2d)]
         if node.target == "domain":
             continue
         if isinstance(layer, Select):
@@ -670,16 +672,17 @@ def dense(network, domain=None, round_to=1):
             else:
                 layers[node.target], new[node] = layer, graph.call_module(node.target, (x,))
         elif isinstance(layer, DomainBatchNorm2d):
-            norm, conv = layer[domain], layers.get(x.target)
-            if isinstance(conv, nn.Conv2d) and fresh:
-                layers[x.target] = nn.utils.fuse_conv_bn_eval(conv, norm)
+            norm = layer[domain]
+            if x.target in convs and alone:
+                layers[x.target] = nn.utils.fuse_conv_bn_eval(layers[x.target], norm)
                 new[node] = x
                 continue
             scale = norm.weight / (norm.running_var + norm.eps).sqrt()
             name = node.target.replace(".", "_")
             layers[f"{name}_scale"] = scale.view(-1, 1, 1)
             layers[f"{name}_shift"] = (norm.bias - norm.running_mean * scale).view(-1, 1, 1)
-            new[node] = graph.call_function(torch.addcmul, (graph.get_attr(f"{name}_shift"), x, graph.get_attr(f"{name}_scale")))
+            shift, scale = (graph.get_attr(f"{name}_{part}") for part in ("shift", "scale"))
+            new[node] = graph.call_function(torch.addcmul, (shift, x, scale))
         elif isinstance(layer, nn.Conv2d):
             plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
                               layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode)
@@ -688,10 +691,8 @@ def dense(network, domain=None, round_to=1):
         elif node.op == "call_module":
             layers[node.target] = layer[domain] if isinstance(layer, DomainModules) else layer
             new[node] = graph.call_module(node.target, (x,))
-        elif node.target is operator.add and isinstance(layers.get(new[node.args[1]].target), nn.Conv2d):
-            new[node] = graph.call_function(operator.iadd, (new[node.args[1]], x))  # into what the convolution has yielded
-        elif node.target is F.relu and fresh:
-            new[node] = graph.call_function(torch.relu_, (x,))
+        elif node.target is F.relu and alone and (x.target in (torch.addcmul, operator.add) or x.target in convs):
+            new[node] = graph.call_function(torch.relu_, (x,))  # nobody else sees the new tensor that x is
         else:
             new[node] = graph.node_copy(node, new.get)
     return fx.GraphModule(layers, graph).eval().requires_grad_(False)
@@ -735,13 +736,18 @@ def add_switches(network, domains, source="imagenet", start=1e-3):
     network with forward(x, domain) that torch.fx.symbolic_trace must be able to follow; the source runs it untouched.
     """
     graph = _Tracer().trace(network)
-    modules = {node.target: copy.deepcopy(network.get_submodule(node.target)) for node in graph.nodes if node.op == "call_module"}
+    modules = {node.target: copy.deepcopy(network.get_submodule(node.target))
+               for node in graph.nodes if node.op == "call_module"}
     image = next(iter(graph.nodes))
     with graph.inserting_after(image):
         domain = graph.placeholder("domain")
     last = [name for name, module in modules.items() if isinstance(module, nn.Linear)][-1]
     for node in graph.nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None
+        if node.target is operator.iadd:  # not in place: what it writes into may become a slice of something larger
+            node.target = operator.add
+        elif isinstance(layer, nn.ReLU):
+            layer.inplace = False
         if isinstance(layer, nn.Conv2d) and layer.groups == 1 and image not in node.all_input_nodes:
             switched = SwitchedConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
                                       layer.dilation, bias=layer.bias is not None, padding_mode=layer.padding_mode,
@@ -756,8 +762,7 @@ def add_switches(network, domains, source="imagenet", start=1e-3):
         else:
             continue
         node.args = (*node.args, domain)
-    network.source = source
-    result = GraphNetwork(modules, graph, network)
+    result = GraphNetwork(modules, graph, source, network)
     for name, number in domains.items():
         result.add_domain(name, number)
     return result
@@ -777,11 +782,12 @@ def batch_norm_rows(network, domain):
 
 def _pack(network):
     """What a pruned network is made of: {name: tensor}, switches as bits, no row that its domain does not need."""
+    norms = [name for name, module in network.named_modules() if isinstance(module, DomainBatchNorm2d)]
     state = {name: parameter for name, parameter in network.named_parameters()
-             if "switches" not in name.split(".") and not isinstance(network.get_submodule(name.rpartition(".")[0]), nn.BatchNorm2d)}
+             if ".switches." not in name and ".".join(name.split(".")[:-2]) not in norms}
     for domain in network.classifiers:
-        rows = [getattr(network.get_submodule(name)[domain], part)[at] for name, at in batch_norm_rows(network, domain).items()
-                for part in BATCH_NORM]
+        rows = [getattr(network.get_submodule(name)[domain], part)[at]
+                for name, at in batch_norm_rows(network, domain).items() for part in BATCH_NORM]
         state[f"batch-norm {domain}"] = torch.cat(rows)
     for domain in network.domains:
         bits = []
@@ -833,6 +839,8 @@ def save(path, network, **facts):
     Of a pruned network only what remains is written, and of its switches whether they are on.
     """
     pruned = isinstance(network, GraphNetwork)
+    if network.depth is None:
+        raise ValueError("save is for WideResNet, pruned or not: load would not know how to build another network")
     state = _pack(network) if pruned else network.state_dict()
     checkpoint = {"format": FORMAT, "depth": network.depth, "widen_factor": network.widen_factor,
                   "source": network.source, "pruned": pruned,
@@ -867,7 +875,7 @@ def load(path):
                 network.add_domain(domain, number)
         if source not in num_classes:
             network.remove_domain(source)
-        if checkpoint.pop("pruned"):
+        if checkpoint.pop("pruned", False):
             network = _unpack(network, state)
         else:
             network.load_state_dict(state)

@@ -19,6 +19,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 
 import torch
 import torch.nn as nn
@@ -104,12 +105,14 @@ def export(path, model, record, domain, image_size):
     """Write `model` with torch.export, batch size dynamic; what a user needs to know travels in the file ba2ps.json."""
     known = {"domain": domain, "image_size": image_size, "mean": record["mean"], "std": record["std"],
              "classes": record["classes"], "category_ids": record["category_ids"],
-             "input": "float (B, 3, image_size, image_size): RGB / 255, minus mean, over std", "output": "logits (B, classes)"}
+             "input": "float (B, 3, image_size, image_size): RGB / 255, minus mean, over std",
+             "output": "logits (B, classes)"}
     part = f"{path}.part"
     try:
         program = torch.export.export(model, (torch.zeros(2, 3, image_size, image_size),),
                                       dynamic_shapes=({0: torch.export.Dim("batch")},))
-        with open(part, "wb") as file:
+        with open(part, "wb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it wonders at channels-last weights
             torch.export.save(program, file, extra_files={"ba2ps.json": json.dumps(known)})
         os.replace(part, path)
     except OSError as error:
@@ -122,7 +125,7 @@ def main():
     parser.add_argument("model", help="model.pt of train.py, or a pruned checkpoint")
     parser.add_argument("--out", metavar="FILE", help="where to write the pruned checkpoint")
     parser.add_argument("--domains", nargs="+", metavar="NAME", help="domains to keep (default: every adapted one)")
-    parser.add_argument("--keep-source", action="store_true", help="keep what the source domain needs: all of the backbone")
+    parser.add_argument("--keep-source", action="store_true", help="keep what the source needs: all of the backbone")
     parser.add_argument("--domain", metavar="NAME", help="keep this one, as a dense network")
     parser.add_argument("--round-to", type=int, default=1, metavar="N", help="fill its channels up to a multiple of N")
     parser.add_argument("--export", metavar="FILE", help="write that dense network with torch.export (.pt2)")
@@ -168,8 +171,8 @@ def main():
     show_domains(pruned, dense, size, measured)
     print()
     if args.out:
-        print(f"{args.model} {os.path.getsize(args.model) / 1e6:.2f} MB -> {args.out} {os.path.getsize(args.out) / 1e6:.2f} MB "
-              f"(classifiers included), serving {', '.join(pruned.classifiers)}")
+        before, after = os.path.getsize(args.model) / 1e6, os.path.getsize(args.out) / 1e6
+        print(f"{args.model} {before:.2f} MB -> {args.out} {after:.2f} MB (classifiers included), serving {', '.join(pruned.classifiers)}")
     if args.domain:
         print(f"dense, in {'channels-last' if facts['dense']['channels_last'] else 'NCHW'}: "
               + " and ".join([f"ba2ps.load_dense({args.out!r})"] * bool(args.out)

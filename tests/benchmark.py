@@ -51,7 +51,8 @@ def plain(net):
             if isinstance(layer, ba2ps.DomainModules):
                 layer = layer[net.source]
             elif isinstance(layer, nn.Conv2d):
-                conv = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, bias=False)
+                conv = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+                                 bias=False)
                 conv.weight = layer.weight
                 layer = conv
             layers[node.target], new[node] = layer, graph.call_module(node.target, (new[node.args[0]],))
