@@ -18,9 +18,11 @@ References
   [4] Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons (straight-through), 2013
 """
 import copy
+import operator
 import os
 
 import torch
+import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -67,12 +69,16 @@ class SwitchedConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
         if self.groups != 1:
             raise ValueError("SwitchedConv2d needs groups=1: a switch is one input channel of every filter")
-        self.total_channels = in_channels  # of the backbone; in_channels shrinks when the layer is pruned
         self.start = start
         self.switches = nn.ParameterDict()
-        self.register_buffer("kept", None)  # (in_channels,) positions in the incoming tensor, once pruned
+        self.kept = torch.ones(in_channels, dtype=torch.bool)  # which of the backbone's input channels are left
         for domain in domains:
             self.add_domain(domain)
+
+    @property
+    def total_channels(self):
+        """Input channels of the backbone; in_channels are those left."""
+        return len(self.kept)
 
     def add_domain(self, domain):
         self.switches[domain] = nn.Parameter(torch.full((self.in_channels,), self.start, device=self.weight.device))
@@ -83,34 +89,93 @@ class SwitchedConv2d(nn.Conv2d):
         strongest = (switches == switches.amax(dim=1, keepdim=True)) & (switches <= 0)
         return binarize(switches) + strongest  # adds 1 only where the whole layer would be off
 
+    def read(self, domains):
+        """(C_in,) bool, on the CPU: the channels that any of `domains` reads; one without switches reads all."""
+        if any(domain not in self.switches for domain in domains):
+            return torch.ones(self.in_channels, dtype=torch.bool)
+        return self.binary_switches(domains).detach().amax(0).bool().cpu()
+
     def forward(self, x, domain=None):
-        if self.kept is not None:
-            x = x.index_select(1, self.kept)  # (B, C_kept, H, W)
         if domain in self.switches:
             x = x * self.binary_switches([domain]).view(1, -1, 1, 1)
         return super().forward(x)
 
-    def prune(self, kept):
-        """Keep only the input channels at the positions `kept` (int64, ascending), of the weight and of every domain."""
-        self.weight = nn.Parameter(self.weight.detach()[:, kept].clone(), requires_grad=self.weight.requires_grad)
-        for domain, switches in self.switches.items():
-            self.switches[domain] = nn.Parameter(switches.detach()[kept].clone())
-        self.kept = kept.clone() if self.kept is None else self.kept[kept]
-        self.in_channels = len(kept)
+
+class DomainModules(nn.ModuleDict):
+    """One module per domain; forward(x, domain) runs that of `domain`."""
+
+    def forward(self, x, domain):
+        if domain not in self:
+            raise InputError(f"unknown domain {domain}: this network serves {', '.join(self)}")
+        return self[domain](x)
 
 
-class DomainBatchNorm2d(nn.ModuleDict):
+class DomainBatchNorm2d(DomainModules):
     """One nn.BatchNorm2d per domain, affine and running statistics; forward(x, domain), x: (B, C, H, W)."""
 
     def __init__(self, num_features, domains=()):
         super().__init__({domain: nn.BatchNorm2d(num_features) for domain in domains})
+        self.total_features = num_features  # of the backbone
 
     def add_domain(self, domain, like):
         """A new domain's batch-norm starts as a copy of that of the domain `like`."""
         self[domain] = copy.deepcopy(self[like]).requires_grad_(True)
 
-    def forward(self, x, domain):
-        return self[domain](x)
+
+class DomainLinear(DomainModules):
+    """The classifiers, one nn.Linear per domain; forward(x, domain), x: (B, C) -> (B, classes of that domain)."""
+
+    def add_domain(self, domain, num_classes):
+        like = next(iter(self.values()))
+        self[domain] = nn.Linear(like.in_features, num_classes).to(like.weight)
+
+
+class MultiDomain:
+    """What every network of many domains has, whatever its layers; a mix-in for a module with a DomainLinear.
+
+    `source`: the domain the backbone was trained on.
+    """
+
+    @property
+    def classifiers(self):
+        return next(module for module in self.modules() if isinstance(module, DomainLinear))
+
+    @property
+    def domains(self):
+        """The adapted domains, in the order they came; the source is not among them."""
+        return [domain for domain in self.classifiers if domain != self.source]
+
+    def add_domain(self, domain, num_classes):
+        """Give `domain` its own switches, batch-norm (a copy of the source's) and a fresh linear classifier."""
+        check_name(domain)
+        if domain in self.classifiers:
+            raise InputError(f"domain {domain} is there already: give each domain once, and not the source")
+        if self.source not in self.classifiers:
+            raise InputError(f"domain {domain} cannot be added: the source it would start from has been pruned away")
+        for module in self.modules():
+            if isinstance(module, SwitchedConv2d):
+                module.add_domain(domain)
+            elif isinstance(module, DomainBatchNorm2d):
+                module.add_domain(domain, like=self.source)
+            elif isinstance(module, DomainLinear):
+                module.add_domain(domain, num_classes)
+
+    def remove_domain(self, domain):
+        """Forget what `domain` owns; with the source gone the network serves the adapted domains only."""
+        for module in self.modules():
+            if isinstance(module, SwitchedConv2d) and domain in module.switches:
+                del module.switches[domain]
+            elif isinstance(module, DomainModules):
+                del module[domain]
+
+    def freeze_backbone(self):
+        """Stop the gradient of all that is shared (the convolutions) and of all that is the source's."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
+            elif isinstance(module, DomainModules) and self.source in module:
+                module[self.source].requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +200,7 @@ class BasicBlock(nn.Module):
         return x + self.conv2(out, domain)
 
 
-class WideResNet(nn.Module):
+class WideResNet(MultiDomain, nn.Module):
     """WRN-depth-widen_factor for many domains; WRN-28-4 is the paper's backbone (64/128/256 channels).
 
     depth = 6n + 4 gives three groups of n blocks. `source` names the domain the backbone is trained on; more domains
@@ -162,56 +227,18 @@ class WideResNet(nn.Module):
         self.block2 = group(planes[1], planes[2])
         self.block3 = group(planes[2], planes[3])
         self.bn1 = DomainBatchNorm2d(planes[3], [source])
-        self.classifiers = nn.ModuleDict({source: nn.Linear(planes[3], num_classes)})
+        self.classifiers = DomainLinear({source: nn.Linear(planes[3], num_classes)})
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    @property
-    def domains(self):
-        """The adapted domains, in the order they came; the source is not among them."""
-        return [domain for domain in self.classifiers if domain != self.source]
-
-    def add_domain(self, domain, num_classes):
-        """Give `domain` its own switches, batch-norm (a copy of the source's) and a fresh linear classifier."""
-        check_name(domain)
-        if domain in self.classifiers:
-            raise InputError(f"domain {domain} is there already: give each domain once, and not the source")
-        for module in self.modules():
-            if isinstance(module, SwitchedConv2d):
-                module.add_domain(domain)
-            elif isinstance(module, DomainBatchNorm2d):
-                module.add_domain(domain, like=self.source)
-        width = self.classifiers[self.source].in_features
-        self.classifiers[domain] = nn.Linear(width, num_classes).to(self.conv1.weight.device)
-
-    def remove_domain(self, domain):
-        """Forget what `domain` owns; with the source gone the network serves the adapted domains only."""
-        for module in self.modules():
-            if isinstance(module, SwitchedConv2d) and domain in module.switches:
-                del module.switches[domain]
-            elif isinstance(module, DomainBatchNorm2d):
-                del module[domain]
-        del self.classifiers[domain]
-
-    def freeze_backbone(self):
-        """Stop the gradient of all that is shared (the convolutions) and of all that is the source's."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight.requires_grad_(False)
-            elif isinstance(module, DomainBatchNorm2d):
-                module[self.source].requires_grad_(False)
-        self.classifiers[self.source].requires_grad_(False)
-
     def forward(self, x, domain):
-        if domain not in self.classifiers:
-            raise InputError(f"unknown domain {domain}: this network serves {', '.join(self.classifiers)}")
         x = self.conv1(x)                           # (B, 16, H, W)
         for block in (*self.block1, *self.block2, *self.block3):
             x = block(x, domain)                    # ... (B, 64 * widen_factor, H/8, W/8)
         x = F.relu(self.bn1(x, domain))
         x = x.mean(dim=(2, 3))                      # (B, 64 * widen_factor)
-        return self.classifiers[domain](x)          # (B, classes)
+        return self.classifiers(x, domain)          # (B, classes)
 
 
 def check_name(domain):
@@ -337,21 +364,43 @@ def params(network, domains=None):
     """
     domains = domains or network.domains or [network.source]
     adapted = [domain for domain in domains if domain != network.source]
-    backbone = kept = 0
+    kept = 0
     for module in network.modules():
-        if isinstance(module, SwitchedConv2d):
-            union = module.total_channels
-            if len(adapted) == len(domains):
-                union = int(module.binary_switches(domains).amax(0).sum())
-            kernel = module.weight[:, 0].numel()  # the weights that read one input channel
-            backbone += kernel * module.total_channels
-            kept += kernel * union + union * len(adapted) / 32
+        if isinstance(module, SwitchedConv2d) and len(adapted) == len(domains):
+            union = int(module.read(domains).sum())
+            kept += _floats(module, union) + union * len(adapted) / 32
+        elif isinstance(module, SwitchedConv2d):
+            kept += _floats(module, module.total_channels) + module.total_channels * len(adapted) / 32
         elif isinstance(module, nn.Conv2d):
-            backbone += module.weight.numel()
-            kept += module.weight.numel()
+            kept += _floats(module, module.in_channels)
         elif isinstance(module, DomainBatchNorm2d):
-            kept += 4 * sum(module[domain].num_features for domain in domains)
-    return kept / backbone
+            kept += 4 * module.total_features * len(domains)
+    return kept / backbone_params(network)
+
+
+@torch.no_grad()
+def stored_params(network):
+    """Memory of `network` as it stands and as save writes it when it is pruned, relative to the backbone.
+
+    Counted as in params, but what is there: the weights, of every domain's batch-norm the rows it needs itself, a bit for
+    each switch of the backbone (those that are gone included, so that a file says where its channels come from).
+    """
+    adapted, convs = network.domains, [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    stored = sum(parameter.numel() for conv in convs for parameter in conv.parameters(recurse=False))
+    stored += 4 * sum(len(rows) for domain in network.classifiers for rows in batch_norm_rows(network, domain).values())
+    return (stored + len(adapted) * _total(switched_layers(network).values()) / 32) / backbone_params(network)
+
+
+def _floats(conv, channels):
+    """Weights and biases of a convolution that has all of the backbone's filters, with so many input channels."""
+    filters = getattr(conv, "total_filters", conv.out_channels)
+    return filters * (conv.weight[0, 0].numel() * channels // conv.groups + (conv.bias is not None))
+
+
+def backbone_params(network):
+    """Weights (and biases) of the backbone's convolutions, whatever is left of them: the unit of params."""
+    return sum(_floats(module, getattr(module, "total_channels", module.in_channels))
+               for module in network.modules() if isinstance(module, nn.Conv2d))
 
 
 @torch.no_grad()
@@ -360,23 +409,27 @@ def macs(network, domains=None, image_size=64):
     `domains` read: [domain] is that domain's complexity, all of them what a pruned network runs, None the backbone's.
 
     Counted with THOP (`pip install thop`) on plain nn.Conv2d layers: THOP looks layers up by exact type, and counts a
-    subclass of nn.Conv2d as zero. Batch-norm (0.3% of WRN-28-4) and classifiers are left out.
+    subclass of nn.Conv2d as zero. Batch-norm (0.3% of WRN-28-4) and classifiers are left out. As in the paper every
+    filter counts, so that masked and pruned network give the same figure; of a dense network (see `dense`; domains is
+    None) it is what runs.
     """
     from thop import profile
     seen = []  # (convolution, shape of what it reads), in the order of the forward pass
     hooks = [module.register_forward_pre_hook(lambda conv, inputs: seen.append((conv, inputs[0].shape)))
              for module in network.modules() if isinstance(module, nn.Conv2d)]
     first = next(network.parameters())
-    network(torch.zeros(1, 3, image_size, image_size, device=first.device, dtype=first.dtype),
-            next(iter(network.classifiers)))
+    images = torch.zeros(1, 3, image_size, image_size, device=first.device, dtype=first.dtype)
+    network(images, next(iter(network.classifiers))) if isinstance(network, MultiDomain) else network(images)
     for hook in hooks:
         hook.remove()
     count = 0
     for conv, (_, _, height, width) in seen:
         channels = conv.in_channels
         if isinstance(conv, SwitchedConv2d):
-            channels = int(conv.binary_switches(domains).amax(0).sum()) if domains else conv.total_channels
-        plain = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            source = not domains or network.source in domains
+            channels = conv.total_channels if source else int(conv.read(domains).sum())
+        filters = getattr(conv, "total_filters", conv.out_channels)
+        plain = nn.Conv2d(channels, filters, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
                           bias=conv.bias is not None)
         count += profile(plain, (torch.zeros(1, channels, height, width),), verbose=False)[0]
     return int(count)
@@ -387,13 +440,282 @@ def _total(layers):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pruning and checkpoints
+# pruning: from the last layer back to the first, who reads which channel; then every layer is cut to what is read
 
-def prune(network, domains=None):
+class Select(nn.Module):
+    """The channels `index` (C_out,) of x: (B, C_in, H, W) -> (B, C_out, H, W)."""
+
+    def __init__(self, index, in_channels):
+        super().__init__()
+        self.in_channels = in_channels
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self, x):
+        if x.is_contiguous():
+            return x.index_select(1, self.index)
+        pixels = x.permute(0, 2, 3, 1)  # channels-last: index_select would hand back NCHW, for the next layer to convert
+        chosen = pixels.flatten(0, 2).index_select(1, self.index)  # (B * H * W, C_out)
+        return chosen.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
+
+
+class GraphNetwork(MultiDomain, fx.GraphModule):
+    """A network of many domains given by its graph, what prune and add_switches return; forward(x, domain)."""
+
+    def __init__(self, modules, graph, source, like):
+        super().__init__(modules, graph)
+        self.source = source
+        self.depth, self.widen_factor = getattr(like, "depth", None), getattr(like, "widen_factor", None)
+        self.train(like.training)
+
+    def __deepcopy__(self, memo):  # GraphModule's own forgets the attributes
+        modules = {node.target: self.get_submodule(node.target) for node in self.graph.nodes if node.op == "call_module"}
+        return GraphNetwork(copy.deepcopy(modules, memo), copy.deepcopy(self.graph), self.source, self)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return isinstance(module, (SwitchedConv2d, DomainModules, Select)) or super().is_leaf_module(module, name)
+
+
+# what makes channel c of its output from channel c of its operands; anything else reads and yields all channels
+CHANNELWISE_MODULES = (DomainBatchNorm2d, nn.ReLU, nn.Dropout, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+CHANNELWISE = (F.relu, F.dropout, torch.relu, operator.add, operator.iadd, torch.add, "relu", "add")
+ALL = torch.tensor(True)  # a mask of all channels, however many
+
+
+def _operands(node):
+    return [operand for operand in node.all_input_nodes if (operand.op, operand.target) != ("placeholder", "domain")]
+
+
+def _reads(node, layer, live, domains):
+    """Bool mask of the channels that `node` reads of its operands when the channels `live` of its own are read."""
+    if isinstance(layer, SwitchedConv2d):
+        return layer.read(domains)
+    if isinstance(layer, DomainLinear):
+        return torch.ones(next(iter(layer.values())).in_features, dtype=torch.bool)
+    if isinstance(layer, Select):
+        chosen = layer.index[live.expand(len(layer.index))]
+        return torch.zeros(layer.in_channels, dtype=torch.bool).index_fill_(0, chosen, True)
+    if layer is None:
+        pooled = node.target == "mean" and node.kwargs.get("dim", node.args[1:] and node.args[1]) == (2, 3)
+        known = pooled or node.target in CHANNELWISE
+        return live if known and all(operand.op != "get_attr" for operand in _operands(node)) else ALL
+    return live if isinstance(layer, CHANNELWISE_MODULES) else ALL
+
+
+def liveness(network, graph, domains):
+    """{node: bool mask (C,) of its channels that anyone reads when `domains` are served}, or ALL."""
+    live = {}
+    for node in reversed(graph.nodes):
+        live.setdefault(node, ALL)
+        layer = network.get_submodule(node.target) if node.op == "call_module" else None
+        for operand in _operands(node):
+            live[operand] = live.get(operand, ~ALL) | _reads(node, layer, live[node], domains)
+    return live
+
+
+def _arrange(network, graph, live, domains):
+    """{node: (C,) rank of its channels}, the same for all nodes tied by an addition or another channelwise operation.
+
+    What a layer reads should lie side by side: a slice is free, or nearly so, a gather is not. Channels are sorted by who
+    reads them, the last reader first, in the order of a reflected Gray code: the sets of the last two readers are then a
+    run each, and so is, at any point, what is read from there on.
+    """
+    tied = {}  # node -> masks that are read of it and of all nodes tied to it: one list for all of them
+    for node in reversed(graph.nodes):
+        layer = network.get_submodule(node.target) if node.op == "call_module" else None
+        read = _reads(node, layer, live[node], domains)
+        for operand in _operands(node):
+            masks = tied.setdefault(operand, [])
+            if read is live[node] and node in tied and tied[node] is not masks:
+                both = tied[node] + masks
+                tied.update({n: both for n, its in tied.items() if its is tied[node] or its is masks})
+                masks = both
+            if read.dim():
+                masks.append(read)
+    ranks = {}
+    for node, masks in tied.items():
+        blocks = [torch.arange(len(mask)) for mask in masks[:1]]
+        for mask in masks:
+            inside, halves = False, []
+            for block in blocks:  # each is split in two, and begins with the kind that the one before it ended with
+                for kind in (inside, not inside):
+                    half = block[mask[block] == kind]
+                    if len(half):
+                        halves.append(half)
+                        inside = kind
+            blocks = halves
+        if blocks:
+            ranks[node] = torch.cat(blocks).argsort()
+    return ranks
+
+
+@torch.no_grad()
+def _cut(network, domains, arrange=False, round_to=1):
+    """A copy of `network` in which every layer has the channels left that `domains` read, and owns nothing else.
+
+    arrange: choose the order of channels, so that few of them have to be gathered. round_to: fill up their number to a
+    multiple of it, with channels whose weights are zero.
+    """
+    old, graph, modules = _Tracer().trace(network), fx.Graph(), {}
+    live = liveness(network, old, domains)
+    ranks = _arrange(network, old, live, domains) if arrange else {}
+    new = {}  # node -> (its copy, which of its channels that yields: int64 positions, -1 for a filling; None for all)
+
+    def positions(mask, node):
+        at = mask.nonzero().flatten()
+        at = at[ranks[node][at].argsort()] if node in ranks else at
+        return F.pad(at, (0, -len(at) % round_to), value=-1)
+
+    def take(operand, wanted, total):
+        """The copy of `operand`, followed by a Select unless that yields just the channels `wanted` (None: all `total`)."""
+        node, left = new[operand]
+        if wanted is None and left is None:
+            return node
+        wanted = torch.arange(int((left >= 0).sum())) if wanted is None else wanted
+        left = torch.arange(total) if left is None else left
+        if torch.equal(wanted, left):
+            return node
+        place = torch.zeros(max(int(wanted.max()), int(left.max())) + 1, dtype=torch.long)
+        place[left[left >= 0]] = torch.arange(len(left))[left >= 0]
+        index = place[wanted[wanted >= 0]]
+        filling = (index[-1] + 1 + torch.arange(len(wanted) - len(index))) % len(left)  # any; these prolong the last run
+        name = f"select_{len(modules)}"
+        modules[name] = Select(torch.cat([index, filling]), len(left))
+        return graph.call_module(name, (node,))
+
+    for node in old.nodes:
+        layer = copy.deepcopy(network.get_submodule(node.target)) if node.op == "call_module" else None
+        if node.target in modules and next(layer.parameters(), None) is not None:
+            raise ValueError(f"{node.target} is called twice: pruning needs a layer of its own for every call")
+        if isinstance(layer, Select):
+            yields = positions(live[node].expand(len(layer.index)), node)
+            new[node] = take(node.args[0], torch.where(yields < 0, yields, layer.index[yields]), layer.in_channels), yields
+            continue
+        read = _reads(node, layer, live[node], domains)
+        wanted = positions(read, _operands(node)[0]) if read.dim() else None
+        operands = {operand: take(operand, wanted, read.numel()) for operand in _operands(node)}
+        yields = wanted if read is live[node] else None
+        if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+            yields = positions(live[node].expand(layer.out_channels), node)
+            cut_conv(layer, wanted, yields)
+        elif isinstance(layer, DomainBatchNorm2d) and wanted is not None:
+            cut_batch_norm(layer, wanted)
+        elif isinstance(layer, DomainLinear):
+            for linear in layer.values():
+                linear.weight = nn.Parameter(_rows(linear.weight.mT, wanted).mT.contiguous())
+        if node.op == "call_module":
+            modules[node.target] = layer
+        new[node] = graph.node_copy(node, lambda n: operands.get(n, new[n][0])), yields
+    pruned = GraphNetwork(modules, graph, network.source, network)
+    for domain in [domain for domain in pruned.classifiers if domain not in domains]:
+        pruned.remove_domain(domain)
+    return pruned
+
+
+def _rows(tensor, at, filling=0.0):
+    """The rows of `tensor` at these positions; `filling` for -1."""
+    rows = tensor.detach()[at.clamp(min=0).to(tensor.device)]
+    rows[(at < 0).to(tensor.device)] = filling
+    return rows
+
+
+def cut_conv(conv, channels, filters):
+    """Keep the input channels and filters at these positions (int64; -1: new ones of zeros), in place; None: all."""
+    conv.total_filters = getattr(conv, "total_filters", conv.out_channels)  # of the backbone
+    weight = _rows(conv.weight, filters)
+    if channels is not None:
+        weight = _rows(weight.transpose(0, 1), channels).transpose(0, 1)
+        conv.kept = torch.zeros_like(conv.kept).index_fill_(0, conv.kept.nonzero().flatten()[channels[channels >= 0]], True)
+        for domain, switches in conv.switches.items():
+            conv.switches[domain] = nn.Parameter(_rows(switches, channels, filling=1.0))
+    conv.weight = nn.Parameter(weight.contiguous(), requires_grad=conv.weight.requires_grad)
+    if conv.bias is not None:
+        conv.bias = nn.Parameter(_rows(conv.bias, filters), requires_grad=conv.bias.requires_grad)
+    conv.out_channels, conv.in_channels = weight.shape[:2]
+
+
+def cut_batch_norm(norms, channels):
+    """Keep the rows at these positions (int64; -1: one that yields 0) of every domain's batch-norm, in place."""
+    for norm in norms.values():
+        for name, rows in [*norm.named_parameters(), *norm.named_buffers()]:
+            if rows.dim():
+                rows.data = _rows(rows, channels, filling=float(name == "running_var"))
+        norm.num_features = len(channels)
+
+
+@torch.no_grad()
+def dense(network, domain=None, round_to=1):
+    """A plain network that serves `domain` alone, forward(x), for inference: nn.Conv2d, nn.Linear, and torch functions.
+
+    It has the domain's own channels, not those of all domains. Batch-norm is folded into the convolution before it; one
+    with none before it becomes an addcmul. Channels are ordered so that many layers find what they read side by side, as a
+    slice; the residual connections all do. round_to fills the number of channels up to a multiple of it, with zeros.
+    domain: default, the last one, the only one of a network pruned to it.
+    """
+    domain = domain or list(network.classifiers)[-1]
+    if domain not in network.classifiers:
+        raise InputError(f"no domain {domain}: choose among {', '.join(network.classifiers)}")
+    cut = _cut(copy.deepcopy(network).eval(), [domain], arrange=True, round_to=round_to)
+    graph, layers, new = fx.Graph(), {}, {}
+    for node in cut.graph.nodes:
+        layer = cut.get_submodule(node.target) if node.op == "call_module" else None
+        x = new.get(node.args[0]) if node.args else None
+        alone = x is not None and len(node.args[0].users) == 1
+        convs = [name for name, made in layers.items() if isinstance(made, nn.Conv2d)]
+        if node.target == "domain":
+            continue
+        if isinstance(layer, Select):
+            first, number = int(layer.index[0]), len(layer.index)
+            if torch.equal(layer.index, torch.arange(first, first + number)):
+                new[node] = graph.call_function(torch.narrow, (x, 1, first, number))
+            else:
+                layers[node.target], new[node] = layer, graph.call_module(node.target, (x,))
+        elif isinstance(layer, DomainBatchNorm2d):
+            norm = layer[domain]
+            if x.target in convs and alone:
+                layers[x.target] = nn.utils.fuse_conv_bn_eval(layers[x.target], norm)
+                new[node] = x
+                continue
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            name = node.target.replace(".", "_")
+            layers[f"{name}_scale"] = scale.view(-1, 1, 1)
+            layers[f"{name}_shift"] = (norm.bias - norm.running_mean * scale).view(-1, 1, 1)
+            shift, scale = (graph.get_attr(f"{name}_{part}") for part in ("shift", "scale"))
+            new[node] = graph.call_function(torch.addcmul, (shift, x, scale))
+        elif isinstance(layer, nn.Conv2d):
+            plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+                              layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode)
+            plain.weight, plain.bias = layer.weight, layer.bias
+            layers[node.target], new[node] = plain.eval(), graph.call_module(node.target, (x,))
+        elif node.op == "call_module":
+            layers[node.target] = layer[domain] if isinstance(layer, DomainModules) else layer
+            new[node] = graph.call_module(node.target, (x,))
+        elif node.target is F.relu and alone and (x.target in (torch.addcmul, operator.add) or x.target in convs):
+            new[node] = graph.call_function(torch.relu_, (x,))  # nobody else sees the new tensor that x is
+        else:
+            new[node] = graph.node_copy(node, new.get)
+    return fx.GraphModule(layers, graph).eval().requires_grad_(False)
+
+
+def specialise(network, round_to=1):
+    """`dense` for every domain that `network` serves, in one module with its forward(x, domain).
+
+    Going from one domain to another is a look-up, nothing is copied, and each runs at its own complexity, not the union's.
+    The price is memory: every domain holds its own weights, batch-norm being folded into them.
+    """
+    return DomainModules({domain: dense(network, domain, round_to) for domain in network.classifiers}).eval()
+
+
+def prune(network, domains=None, keep_source=False):
     """A smaller copy of `network` for `domains` (default: all adapted ones), with the same logits for each of them.
 
-    Of every convolution, the input channels that none of `domains` reads are gone, with their switches; what is left
-    of the input is gathered. The source domain is no longer served: it would need the whole backbone.
+    A channel stays if any of `domains` reads it, then or later: input channels that no switch lets through are gone, so
+    are the filters (with their batch-norm rows, and the share of the residual stream) whose output nobody reads. Where a
+    layer reads less than the one before it yields, a Select gathers it. Any network of SwitchedConv2d,
+    DomainBatchNorm2d and DomainLinear that torch.fx can trace is pruned this way, a pruned one as well.
+
+    The source is no longer served, unless keep_source: it reads every channel, so that all of the backbone stays.
     """
     domains = list(domains or network.domains)
     if not domains:
@@ -401,20 +723,129 @@ def prune(network, domains=None):
     for domain in domains:
         if domain not in network.domains:
             raise InputError(f"cannot keep domain {domain}: choose among {', '.join(network.domains)}")
-    network = copy.deepcopy(network)
-    for domain in [domain for domain in network.classifiers if domain not in domains]:
-        network.remove_domain(domain)
-    for layer in switched_layers(network).values():
-        layer.prune(layer.binary_switches(domains).amax(0).nonzero().flatten())
+    if keep_source and network.source not in network.classifiers:
+        raise InputError(f"cannot keep the source {network.source}: it has been pruned away")
+    return _cut(network, [network.source] * keep_source + domains)
+
+
+def add_switches(network, domains, source="imagenet", start=1e-3):
+    """A copy of a plain, trained `network` (of torch.nn layers, such as torchvision's) with switches for `domains`.
+
+    Every nn.Conv2d but those that read the image becomes a SwitchedConv2d, every nn.BatchNorm2d a DomainBatchNorm2d and
+    the last nn.Linear the DomainLinear; grouped convolutions stay plain. domains: {name: number of classes}. Returns a
+    network with forward(x, domain) that torch.fx.symbolic_trace must be able to follow; the source runs it untouched.
+    """
+    graph = _Tracer().trace(network)
+    modules = {node.target: copy.deepcopy(network.get_submodule(node.target))
+               for node in graph.nodes if node.op == "call_module"}
+    image = next(iter(graph.nodes))
+    with graph.inserting_after(image):
+        domain = graph.placeholder("domain")
+    last = [name for name, module in modules.items() if isinstance(module, nn.Linear)][-1]
+    for node in graph.nodes:
+        layer = modules.get(node.target) if node.op == "call_module" else None
+        if node.target is operator.iadd:  # not in place: what it writes into may become a slice of something larger
+            node.target = operator.add
+        elif isinstance(layer, nn.ReLU):
+            layer.inplace = False
+        if isinstance(layer, nn.Conv2d) and layer.groups == 1 and image not in node.all_input_nodes:
+            switched = SwitchedConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+                                      layer.dilation, bias=layer.bias is not None, padding_mode=layer.padding_mode,
+                                      start=start)
+            switched.weight, switched.bias = layer.weight, layer.bias
+            modules[node.target] = switched
+        elif isinstance(layer, nn.BatchNorm2d):
+            modules[node.target] = DomainBatchNorm2d(layer.num_features)
+            modules[node.target][source] = layer
+        elif node.target == last:
+            modules[node.target] = DomainLinear({source: layer})
+        else:
+            continue
+        node.args = (*node.args, domain)
+    result = GraphNetwork(modules, graph, source, network)
+    for name, number in domains.items():
+        result.add_domain(name, number)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def batch_norm_rows(network, domain):
+    """{name of a batch-norm: positions (int64) of the rows that `domain` needs}; the others serve other domains."""
+    graph = _Tracer().trace(network)
+    live = liveness(network, graph, [domain])
+    modules = {node: network.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
+    return {node.target: live[node].expand(module[domain].num_features).nonzero().flatten()
+            for node, module in modules.items() if isinstance(module, DomainBatchNorm2d)}
+
+
+def _pack(network):
+    """What a pruned network is made of: {name: tensor}, switches as bits, no row that its domain does not need."""
+    norms = [name for name, module in network.named_modules() if isinstance(module, DomainBatchNorm2d)]
+    state = {name: parameter for name, parameter in network.named_parameters()
+             if ".switches." not in name and ".".join(name.split(".")[:-2]) not in norms}
+    for domain in network.classifiers:
+        rows = [getattr(network.get_submodule(name)[domain], part)[at]
+                for name, at in batch_norm_rows(network, domain).items() for part in BATCH_NORM]
+        state[f"batch-norm {domain}"] = torch.cat(rows)
+    for domain in network.domains:
+        bits = []
+        for _, layer in sorted(switched_layers(network).items()):
+            bits.append(torch.zeros(layer.total_channels, dtype=torch.bool))
+            bits[-1][layer.kept] = layer.read([domain])
+        state[f"bits {domain}"] = pack_bits(torch.cat(bits))
+    return state
+
+
+def _unpack(network, state):
+    """The pruned network of `state`, from `network`, the architecture with all its channels and any weights."""
+    layers = [layer for _, layer in sorted(switched_layers(network).items())]
+    for domain in network.domains:
+        bits = unpack_bits(state[f"bits {domain}"], _total(layers)).split([layer.total_channels for layer in layers])
+        for layer, on in zip(layers, bits):
+            layer.switches[domain].data = layer.start * (2.0 * on - 1)
+    network = _cut(network, list(network.classifiers))
+    for domain in network.classifiers:
+        packed = state[f"batch-norm {domain}"]
+        for name, at in batch_norm_rows(network, domain).items():
+            for part in BATCH_NORM:
+                getattr(network.get_submodule(name)[domain], part).data[at] = packed[:len(at)]
+                packed = packed[len(at):]
+    weights = {name: value for name, value in state.items() if not name.startswith(("bits ", "batch-norm "))}
+    wrong = network.load_state_dict(weights, strict=False)
+    missing = [name for name in _pack(network) if name not in state]
+    if wrong.unexpected_keys or missing:
+        raise KeyError(f"unexpected {wrong.unexpected_keys}, missing {missing}")
     return network
 
 
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def pack_bits(on):
+    """(n,) bool -> (ceil(n / 8),) uint8, the first bit the lowest."""
+    return (F.pad(on, (0, -len(on) % 8)).view(-1, 8) * 2 ** torch.arange(8)).sum(1).to(torch.uint8)
+
+
+def unpack_bits(packed, number):
+    """The inverse of pack_bits: (number,) bool."""
+    return (packed[:, None] >> torch.arange(8) & 1).flatten()[:number].bool()
+
+
 def save(path, network, **facts):
-    """Write `network` and `facts` (numbers, strings, lists, dicts, tensors) to `path`, all of it or nothing."""
+    """Write `network` and `facts` (numbers, strings, lists, dicts, tensors) to `path`, all of it or nothing.
+
+    Of a pruned network only what remains is written, and of its switches whether they are on.
+    """
+    pruned = isinstance(network, GraphNetwork)
+    if network.depth is None:
+        raise ValueError("save is for WideResNet, pruned or not: load would not know how to build another network")
+    state = _pack(network) if pruned else network.state_dict()
     checkpoint = {"format": FORMAT, "depth": network.depth, "widen_factor": network.widen_factor,
-                  "source": network.source,
+                  "source": network.source, "pruned": pruned,
                   "num_classes": {domain: linear.out_features for domain, linear in network.classifiers.items()},
-                  "state": {name: value.cpu() for name, value in network.state_dict().items()}, **facts}
+                  "state": {name: value.detach().cpu() for name, value in state.items()}, **facts}
     part = f"{path}.part"
     try:
         torch.save(checkpoint, part)
@@ -444,13 +875,22 @@ def load(path):
                 network.add_domain(domain, number)
         if source not in num_classes:
             network.remove_domain(source)
-        for name, layer in switched_layers(network).items():
-            if f"{name}.kept" in state:
-                layer.prune(state[f"{name}.kept"])
-        network.load_state_dict(state)
-    except (KeyError, AttributeError, TypeError, IndexError, RuntimeError) as error:
+        if checkpoint.pop("pruned", False):
+            network = _unpack(network, state)
+        else:
+            network.load_state_dict(state)
+    except (KeyError, AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise InputError(f"{path} is damaged or of another architecture: {_first_line(error)}") from None
     return network, checkpoint
+
+
+def load_dense(path):
+    """(dense network, facts) of a checkpoint that prune.py --domain wrote: forward(x), in the memory format chosen then."""
+    network, facts = load(path)
+    if "dense" not in facts:
+        raise InputError(f"{path} is not for one domain: write it with prune.py --domain NAME")
+    model = dense(network, round_to=facts["dense"]["round_to"])
+    return model.to(memory_format=torch.channels_last if facts["dense"]["channels_last"] else torch.contiguous_format), facts
 
 
 def _first_line(error):

@@ -93,6 +93,11 @@ def test_train_prune_evaluate_give_one_answer(data, trained, tmp_path, capsys):
         assert code == 0, err
         assert "S is left out" in out and "birds" in out and "cars" in out
         reports[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    code, out, err = run("prune.py", trained / "model.pt", "--out", tmp_path / "k.pt", "--keep-source", "--no-latency",
+                         capsys=capsys)
+    assert code == 0 and "keeps the whole backbone" in out, err
+    code, _, err = run("evaluate.py", tmp_path / "k.pt", "--data", data, "--json", tmp_path / "k.json", capsys=capsys)
+    assert code == 0 and json.loads((tmp_path / "k.json").read_text()) == reports["masked"], err
     masked, pruned = reports["masked"], reports["pruned"]
     assert {"budget", "split", "domains", "mean_accuracy", "s_score", "s_o", "s_p", "complexity", "complexity_with_source",
             "params", "sparsity_all"} <= masked.keys()
