@@ -644,6 +644,11 @@ def cut_batch_norm(norms, channels):
         norm.num_features = len(channels)
 
 
+def _add_into(own, other):
+    """own + other, written into `own` where that has the shape of the sum; nobody else sees it."""
+    return own.add_(other) if own.shape == other.shape else own + other
+
+
 @torch.no_grad()
 def dense(network, domain=None, round_to=1):
     """A plain network that serves `domain` alone, forward(x), for inference: nn.Conv2d, nn.Linear, and torch functions.
@@ -663,6 +668,7 @@ def dense(network, domain=None, round_to=1):
         x = new.get(node.args[0]) if node.args else None
         alone = x is not None and len(node.args[0].users) == 1
         convs = [name for name, made in layers.items() if isinstance(made, nn.Conv2d)]
+        into = [operand for operand in _operands(node) if len(operand.users) == 1 and new[operand].target in convs]
         if node.target == "domain":
             continue
         if isinstance(layer, Select):
@@ -691,7 +697,10 @@ def dense(network, domain=None, round_to=1):
         elif node.op == "call_module":
             layers[node.target] = layer[domain] if isinstance(layer, DomainModules) else layer
             new[node] = graph.call_module(node.target, (x,))
-        elif node.target is F.relu and alone and (x.target in (torch.addcmul, operator.add) or x.target in convs):
+        elif node.target is operator.add and into and len(_operands(node)) == 2:
+            own, other = into[-1], node.args[node.args[0] is into[-1]]
+            new[node] = graph.call_function(_add_into, (new[own], new[other]))
+        elif node.target is F.relu and alone and (x.target in (torch.addcmul, _add_into) or x.target in convs):
             new[node] = graph.call_function(torch.relu_, (x,))  # nobody else sees the new tensor that x is
         else:
             new[node] = graph.node_copy(node, new.get)

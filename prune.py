@@ -172,7 +172,8 @@ def main():
     print()
     if args.out:
         before, after = os.path.getsize(args.model) / 1e6, os.path.getsize(args.out) / 1e6
-        print(f"{args.model} {before:.2f} MB -> {args.out} {after:.2f} MB (classifiers included), serving {', '.join(pruned.classifiers)}")
+        print(f"{args.model} {before:.2f} MB -> {args.out} {after:.2f} MB (classifiers included), "
+              f"serving {', '.join(pruned.classifiers)}")
     if args.domain:
         print(f"dense, in {'channels-last' if facts['dense']['channels_last'] else 'NCHW'}: "
               + " and ".join([f"ba2ps.load_dense({args.out!r})"] * bool(args.out)
