@@ -515,28 +515,36 @@ def liveness(network, graph, domains):
 
 
 def _arrange(network, graph, live, domains):
-    """{node: (C,) rank of its channels}, the same for all nodes tied by an addition or another channelwise operation.
+    """{node: (C,) rank of its channels}, the same for all nodes tied by an addition, a Select or a channelwise operation.
 
     What a layer reads should lie side by side: a slice is free, or nearly so, a gather is not. Channels are sorted by who
     reads them, the last reader first, in the order of a reflected Gray code: the sets of the last two readers are then a
     run each, and so is, at any point, what is read from there on.
     """
-    tied = {}  # node -> masks that are read of it and of all nodes tied to it: one list for all of them
-    for node in reversed(graph.nodes):
+    reads = {node: _reads(node, network.get_submodule(node.target) if node.op == "call_module" else None, live[node], domains)
+             for node in graph.nodes}
+    tied = {}  # node -> (the node that its channels are those of, (C,) the position there of each of its own)
+    for node in graph.nodes:
+        operands = [operand for operand in _operands(node) if operand in tied]
         layer = network.get_submodule(node.target) if node.op == "call_module" else None
-        read = _reads(node, layer, live[node], domains)
-        for operand in _operands(node):
-            masks = tied.setdefault(operand, [])
-            if read is live[node] and node in tied and tied[node] is not masks:
-                both = tied[node] + masks
-                tied.update({n: both for n, its in tied.items() if its is tied[node] or its is masks})
-                masks = both
-            if read.dim():
-                masks.append(read)
+        if isinstance(layer, Select) and operands:
+            root, at = tied[operands[0]]
+            tied[node] = root, at[layer.index]
+        elif reads[node] is live[node] and operands:
+            root, at = tied[node] = max((tied[operand] for operand in operands), key=lambda place: len(live[place[0]]))
+            for other, own in [tied[operand] for operand in operands]:  # a convolution's result takes the order of the stream
+                if other is not root and len(live[other]) == len(own) == len(at):
+                    tied.update({n: (root, at[own.argsort()[its]]) for n, (r, its) in tied.items() if r is other})
+        elif live[node].dim():
+            tied[node] = node, torch.arange(len(live[node]))
+    masks = {}  # root -> who reads what of it, the last reader first
+    for node in reversed(graph.nodes):
+        for root, at in [tied[operand] for operand in _operands(node) if operand in tied and reads[node].dim()]:
+            masks.setdefault(root, []).append(torch.zeros(len(live[root]), dtype=torch.bool).index_fill_(0, at[reads[node]], True))
     ranks = {}
-    for node, masks in tied.items():
-        blocks = [torch.arange(len(mask)) for mask in masks[:1]]
-        for mask in masks:
+    for root, its in masks.items():
+        blocks = [torch.arange(len(live[root]))]
+        for mask in its:
             inside, halves = False, []
             for block in blocks:  # each is split in two, and begins with the kind that the one before it ended with
                 for kind in (inside, not inside):
@@ -545,9 +553,8 @@ def _arrange(network, graph, live, domains):
                         halves.append(half)
                         inside = kind
             blocks = halves
-        if blocks:
-            ranks[node] = torch.cat(blocks).argsort()
-    return ranks
+        ranks[root] = torch.cat(blocks).argsort()
+    return {node: ranks[root][at] for node, (root, at) in tied.items() if root in ranks}
 
 
 @torch.no_grad()
