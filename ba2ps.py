@@ -25,6 +25,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 FORMAT = "ba2ps-1"  # first entry of every checkpoint; raised when an old one can no longer be read
 
@@ -414,16 +415,14 @@ def macs(network, domains=None, image_size=64):
     None) it is what runs.
     """
     from thop import profile
-    seen = []  # (convolution, shape of what it reads), in the order of the forward pass
-    hooks = [module.register_forward_pre_hook(lambda conv, inputs: seen.append((conv, inputs[0].shape)))
-             for module in network.modules() if isinstance(module, nn.Conv2d)]
+    convs = {id(module.weight): module for module in network.modules() if isinstance(module, nn.Conv2d)}
     first = next(network.parameters())
     images = torch.zeros(1, 3, image_size, image_size, device=first.device, dtype=first.dtype)
-    network(images, next(iter(network.classifiers))) if isinstance(network, MultiDomain) else network(images)
-    for hook in hooks:
-        hook.remove()
+    with _Convolutions() as calls:
+        network(images, next(iter(network.classifiers))) if isinstance(network, MultiDomain) else network(images)
     count = 0
-    for conv, (_, _, height, width) in seen:
+    for weight, (_, _, height, width) in calls.seen:
+        conv = convs[id(weight)]
         channels = conv.in_channels
         if isinstance(conv, SwitchedConv2d):
             source = not domains or network.source in domains
@@ -433,6 +432,19 @@ def macs(network, domains=None, image_size=64):
                           bias=conv.bias is not None)
         count += profile(plain, (torch.zeros(1, channels, height, width),), verbose=False)[0]
     return int(count)
+
+
+class _Convolutions(TorchFunctionMode):
+    """Notes (weight, shape of what it reads) of every convolution that runs, of a module's or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.conv2d:
+            self.seen.append((args[1], args[0].shape))
+        return function(*args, **(kwargs or {}))
 
 
 def _total(layers):
@@ -672,6 +684,7 @@ def dense(network, domain=None, round_to=1):
     graph, layers, new = fx.Graph(), {}, {}
     for node in cut.graph.nodes:
         layer = cut.get_submodule(node.target) if node.op == "call_module" else None
+        name = node.target.replace(".", "_") if layer is not None else None  # flat: every dot is a look-up at every call
         x = new.get(node.args[0]) if node.args else None
         alone = x is not None and len(node.args[0].users) == 1
         convs = [name for name, made in layers.items() if isinstance(made, nn.Conv2d)]
@@ -683,7 +696,7 @@ def dense(network, domain=None, round_to=1):
             if torch.equal(layer.index, torch.arange(first, first + number)):
                 new[node] = graph.call_function(torch.narrow, (x, 1, first, number))
             else:
-                layers[node.target], new[node] = layer, graph.call_module(node.target, (x,))
+                layers[name], new[node] = layer, graph.call_module(name, (x,))
         elif isinstance(layer, DomainBatchNorm2d):
             norm = layer[domain]
             if x.target in convs and alone:
@@ -691,7 +704,6 @@ def dense(network, domain=None, round_to=1):
                 new[node] = x
                 continue
             scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-            name = node.target.replace(".", "_")
             layers[f"{name}_scale"] = scale.view(-1, 1, 1)
             layers[f"{name}_shift"] = (norm.bias - norm.running_mean * scale).view(-1, 1, 1)
             shift, scale = (graph.get_attr(f"{name}_{part}") for part in ("shift", "scale"))
@@ -700,10 +712,10 @@ def dense(network, domain=None, round_to=1):
             plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
                               layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode)
             plain.weight, plain.bias = layer.weight, layer.bias
-            layers[node.target], new[node] = plain.eval(), graph.call_module(node.target, (x,))
+            layers[name], new[node] = plain.eval(), graph.call_module(name, (x,))
         elif node.op == "call_module":
-            layers[node.target] = layer[domain] if isinstance(layer, DomainModules) else layer
-            new[node] = graph.call_module(node.target, (x,))
+            layers[name] = layer[domain] if isinstance(layer, DomainModules) else layer
+            new[node] = graph.call_module(name, (x,))
         elif node.target is operator.add and into and len(_operands(node)) == 2:
             own, other = into[-1], node.args[node.args[0] is into[-1]]
             new[node] = graph.call_function(_add_into, (new[own], new[other]))
@@ -711,7 +723,22 @@ def dense(network, domain=None, round_to=1):
             new[node] = graph.call_function(torch.relu_, (x,))  # nobody else sees the new tensor that x is
         else:
             new[node] = graph.node_copy(node, new.get)
-    return fx.GraphModule(layers, graph).eval().requires_grad_(False)
+    convs = {name: conv for name, conv in layers.items() if isinstance(conv, nn.Conv2d) and conv.padding_mode == "zeros"}
+    for node in [node for node in graph.nodes if node.target in convs]:  # at batch 1 a module's call costs as much as its layer
+        conv = convs[node.target]
+        with graph.inserting_before(node):
+            weight = graph.get_attr(f"{node.target}_weight")
+            bias = None if conv.bias is None else graph.get_attr(f"{node.target}_bias")
+            node.replace_all_uses_with(graph.call_function(
+                torch.conv2d, (node.args[0], weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)))
+        graph.erase_node(node)
+    parts = {f"{name}_{part}": value for name, conv in convs.items() for part, value in conv.named_parameters()}
+    model = fx.GraphModule({**layers, **parts}, graph)
+    for name, conv in convs.items():
+        setattr(model, name, conv)  # still layers, for those who look for them
+    return model.eval().requires_grad_(False)
+
+
 
 
 def specialise(network, round_to=1):

@@ -66,7 +66,7 @@ def torch_pruned(net, model):
     import torch_pruning
     theirs = plain(net)
     example = torch.randn(1, 3, 64, 64)
-    ours = {name: conv for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d)}
+    ours = {name: getattr(model, name.replace(".", "_")) for name, conv in net.named_modules() if isinstance(conv, nn.Conv2d)}
     for name, conv in list(theirs.named_modules()):
         if isinstance(conv, nn.Conv2d) and (name.endswith("conv1") or name.endswith("shortcut")):
             graph = torch_pruning.DependencyGraph().build_dependency(theirs, example_inputs=example)

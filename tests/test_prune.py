@@ -177,7 +177,7 @@ def test_the_dense_network_is_plain_and_has_only_the_domains_own_channels():
     assert kinds <= {nn.Conv2d, nn.Linear, nn.Module, ba2ps.Select} and not any(p.requires_grad for p in model.parameters())
     convs = {name: conv for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d)}
     for name, layer in ba2ps.switched_layers(net).items():
-        assert convs[name].in_channels == int(layer.read(["d1"]).sum())
+        assert convs[name.replace(".", "_")].in_channels == int(layer.read(["d1"]).sum())
     folded = ba2ps.dense(ba2ps.prune(net), "d1", round_to=8)
     assert all(conv.in_channels % 8 == 0 for name, conv in folded.named_modules()
                if isinstance(conv, nn.Conv2d) and name != "conv1")
