@@ -283,11 +283,11 @@ def sharing_loss(switches, budget, weight=1.0):
 
 
 class KKTMultiplier:
-    """lambda_d of the budget loss: 0 while the constraint holds, raised while it is broken (section 3.1).
+    """lambda_d of the budget loss: raised while the constraint is broken, on its way to 0 while it holds (section 3.1).
 
-    update(usage, budget) is one step of projected gradient ascent on lambda (usage - budget), with the rate `lr`. It
-    has to rise slowly: all switches start equal and Adam moves each by about its rate per step, so a budget term that
-    outweighs the cross-entropy sends them through zero together.
+    update(usage, budget) is one step of projected gradient ascent on lambda (usage - budget), with the rate `lr`. Below
+    the budget lambda need not be 0 for the loss to be. It has to rise slowly: all switches start equal and Adam moves
+    each by about its rate per step, so a budget term that outweighs the cross-entropy sends them through zero together.
     """
 
     def __init__(self, lr, value=0.0):
