@@ -552,7 +552,8 @@ def _arrange(network, graph, live, domains):
     masks = {}  # root -> who reads what of it, the last reader first
     for node in reversed(graph.nodes):
         for root, at in [tied[operand] for operand in _operands(node) if operand in tied and reads[node].dim()]:
-            masks.setdefault(root, []).append(torch.zeros(len(live[root]), dtype=torch.bool).index_fill_(0, at[reads[node]], True))
+            mask = torch.zeros(len(live[root]), dtype=torch.bool).index_fill_(0, at[reads[node]], True)
+            masks.setdefault(root, []).append(mask)
     ranks = {}
     for root, its in masks.items():
         blocks = [torch.arange(len(live[root]))]
@@ -724,7 +725,8 @@ def dense(network, domain=None, round_to=1):
         else:
             new[node] = graph.node_copy(node, new.get)
     convs = {name: conv for name, conv in layers.items() if isinstance(conv, nn.Conv2d) and conv.padding_mode == "zeros"}
-    for node in [node for node in graph.nodes if node.target in convs]:  # at batch 1 a module's call costs as much as its layer
+    # functions, not modules: at batch 1 the calls of modules are a good part of the time
+    for node in [node for node in graph.nodes if node.target in convs]:
         conv = convs[node.target]
         with graph.inserting_before(node):
             weight = graph.get_attr(f"{node.target}_weight")

@@ -172,7 +172,7 @@ def parse():
     add("--source", metavar="NAME", help="the backbone's domain (default: imagenet12; of the toy, shapes)")
     add("--domains", nargs="+", metavar="NAME", help="domains to adapt to (default: every other annotated one)")
     add("--splits", nargs="+", default=["train"], choices=["train", "val"], help="what is trained on")
-    add("--no-mirror", nargs="+", default=[], metavar="NAME", help="domains trained without mirroring, besides the paper's four")
+    add("--no-mirror", nargs="+", default=[], metavar="NAME", help="domains trained without mirroring, besides the four")
     add("--backbone", metavar="FILE", help="a backbone.pt to use instead of training one")
     add("--backbone-epochs", type=int, default=30, metavar="N")
     add("--depth", type=int, default=28)

@@ -151,8 +151,8 @@ def test_sharing_moves_the_switches_of_all_domains_and_without_it_only_ones_own(
     monkeypatch.setattr(torch, "randperm", lambda n, generator=None: torch.zeros(n, dtype=torch.long))  # always birds
     for sharing, moved in ((1, True), (0, False)):
         code, _, err = run("train.py", "--data", data, "--backbone", trained / "backbone.pt", *SMALL, "--epochs", "6",
-                           "--batch-size", "4", "--switch-lr", "1e-3", "--budget", "1", "--sharing", sharing, "--out", tmp_path / str(sharing),
-                           "--domains", "birds", "cars", "--bn-as-trained", capsys=capsys)
+                           "--batch-size", "4", "--switch-lr", "1e-3", "--budget", "1", "--sharing", sharing,
+                           "--out", tmp_path / str(sharing), "--domains", "birds", "cars", "--bn-as-trained", capsys=capsys)
         assert code == 0, err
         layers = ba2ps.switched_layers(ba2ps.load(tmp_path / str(sharing) / "model.pt")[0]).values()
         own, other = (torch.cat([layer.switches[d].detach() for layer in layers]) for d in ("birds", "cars"))
@@ -217,7 +217,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(script, words, named, data, tra
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
     ba2ps.save(tmp_path / "bare.pt", ba2ps.WideResNet(10, 1, "animals", 3))  # a network that no script wrote
-    places = {"DATA": data, "BARE": tmp_path / "bare.pt", "TEXT": tmp_path / "text.pt", "FOREIGN": tmp_path / "foreign.pt", "OUT": tmp_path / "out.pt"}
+    places = {"DATA": data, **{name.upper(): tmp_path / f"{name}.pt" for name in ("bare", "text", "foreign", "out")}}
     for name in {"CUT", "GONE", "OTHER"} & set(words):
         places[name] = tmp_path / name
         for i, domain in enumerate(["animals", "birds", "cars"]):
