@@ -98,7 +98,7 @@ class SwitchedConv2d(nn.Conv2d):
 
     def forward(self, x, domain=None):
         if domain in self.switches:
-            x = x * self.binary_switches([domain]).view(1, -1, 1, 1)
+            x = x * self.binary_switches([domain]).view(1, -1, 1, 1).to(x.dtype)  # else autocast is undone here
         return super().forward(x)
 
 
