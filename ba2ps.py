@@ -499,6 +499,11 @@ def _operands(node):
     return [operand for operand in node.all_input_nodes if (operand.op, operand.target) != ("placeholder", "domain")]
 
 
+def _layer(network, node):
+    """The module that `node` calls, or None."""
+    return network.get_submodule(node.target) if node.op == "call_module" else None
+
+
 def _reads(node, layer, live, domains):
     """Bool mask of the channels that `node` reads of its operands when the channels `live` of its own are read."""
     if isinstance(layer, SwitchedConv2d):
@@ -520,7 +525,7 @@ def liveness(network, graph, domains):
     live = {}
     for node in reversed(graph.nodes):
         live.setdefault(node, ALL)
-        layer = network.get_submodule(node.target) if node.op == "call_module" else None
+        layer = _layer(network, node)
         for operand in _operands(node):
             live[operand] = live.get(operand, ~ALL) | _reads(node, layer, live[node], domains)
     return live
@@ -533,12 +538,11 @@ def _arrange(network, graph, live, domains):
     reads them, the last reader first, in the order of a reflected Gray code: the sets of the last two readers are then a
     run each, and so is, at any point, what is read from there on.
     """
-    reads = {node: _reads(node, network.get_submodule(node.target) if node.op == "call_module" else None, live[node], domains)
-             for node in graph.nodes}
+    reads = {node: _reads(node, _layer(network, node), live[node], domains) for node in graph.nodes}
     tied = {}  # node -> (the node that its channels are those of, (C,) the position there of each of its own)
     for node in graph.nodes:
         operands = [operand for operand in _operands(node) if operand in tied]
-        layer = network.get_submodule(node.target) if node.op == "call_module" else None
+        layer = _layer(network, node)
         if isinstance(layer, Select) and operands:
             root, at = tied[operands[0]]
             tied[node] = root, at[layer.index]
@@ -605,7 +609,7 @@ def _cut(network, domains, arrange=False, round_to=1):
         return graph.call_module(name, (node,))
 
     for node in old.nodes:
-        layer = copy.deepcopy(network.get_submodule(node.target)) if node.op == "call_module" else None
+        layer = copy.deepcopy(_layer(network, node))
         if node.target in modules and next(layer.parameters(), None) is not None:
             raise ValueError(f"{node.target} is called twice: pruning needs a layer of its own for every call")
         if isinstance(layer, Select):
@@ -684,7 +688,7 @@ def dense(network, domain=None, round_to=1):
     cut = _cut(copy.deepcopy(network).eval(), [domain], arrange=True, round_to=round_to)
     graph, layers, new = fx.Graph(), {}, {}
     for node in cut.graph.nodes:
-        layer = cut.get_submodule(node.target) if node.op == "call_module" else None
+        layer = _layer(cut, node)
         name = node.target.replace(".", "_") if layer is not None else None  # flat: every dot is a look-up at every call
         x = new.get(node.args[0]) if node.args else None
         alone = x is not None and len(node.args[0].users) == 1
@@ -739,8 +743,6 @@ def dense(network, domain=None, round_to=1):
     for name, conv in convs.items():
         setattr(model, name, conv)  # still layers, for those who look for them
     return model.eval().requires_grad_(False)
-
-
 
 
 def specialise(network, round_to=1):
@@ -891,9 +893,14 @@ def save(path, network, **facts):
                   "source": network.source, "pruned": pruned,
                   "num_classes": {domain: linear.out_features for domain, linear in network.classifiers.items()},
                   "state": {name: value.detach().cpu() for name, value in state.items()}, **facts}
+    write_whole(path, lambda part: torch.save(checkpoint, part))
+
+
+def write_whole(path, write):
+    """write(name) a file beside `path`, then move it there: all of it or nothing. InputError where that cannot be done."""
     part = f"{path}.part"
     try:
-        torch.save(checkpoint, part)
+        write(part)
         os.replace(part, path)  # in one piece: a reader sees the old file or the new one
     except (OSError, RuntimeError) as error:
         if os.path.isfile(part):

@@ -194,6 +194,12 @@ def normalise(crops, record, device):
     return (crops.to(device).float() / 255 - mean) / std
 
 
+def training_batch(items, size, record, generator, device):
+    """Random crops, normalised, and labels of a list of (uint8 image, label): (B, 3, size, size), (B,)."""
+    crops = random_crops([image for image, _ in items], size, record["mirror"], generator)
+    return normalise(crops, record, device), torch.tensor([label for _, label in items], device=device)
+
+
 @torch.no_grad()
 def predict(network, domain, record, images, crops=None, batch_size=32, device="cpu", workers=0, progress=lambda n: None):
     """Class probabilities (len(images), classes) of `domain`, the softmax averaged over the crops of each image.
@@ -307,13 +313,7 @@ def show(report):
 
 
 def write_json(path, content):
-    part = f"{path}.part"
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from None
+    ba2ps.write_whole(path, lambda part: Path(part).write_text(json.dumps(content, indent=1), encoding="utf-8"))
 
 
 def progress_line(total, what):

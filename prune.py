@@ -107,16 +107,14 @@ def export(path, model, record, domain, image_size):
              "classes": record["classes"], "category_ids": record["category_ids"],
              "input": "float (B, 3, image_size, image_size): RGB / 255, minus mean, over std",
              "output": "logits (B, classes)"}
-    part = f"{path}.part"
-    try:
-        program = torch.export.export(model, (torch.zeros(2, 3, image_size, image_size),),
-                                      dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program = torch.export.export(model, (torch.zeros(2, 3, image_size, image_size),),
+                                  dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+    def write(part):
         with open(part, "wb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it wonders at channels-last weights
             torch.export.save(program, file, extra_files={"ba2ps.json": json.dumps(known)})
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from None
+    ba2ps.write_whole(path, write)
 
 
 def main():

@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import ba2ps
 from ba2ps import InputError
-from evaluate import (Images, accuracy, check_device, describe, load_model, normalise, predict, progress_line,
-                      random_crops, stop)
+from evaluate import (Images, accuracy, check_device, describe, load_model, predict, progress_line, stop,
+                      training_batch)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the method: domains in round robin; cross-entropy + budget + sharing; two optimizers and a multiplier per domain
@@ -51,10 +51,7 @@ def adapt(network, facts, train, val, args, log):
             record, images = facts["domains"][domain], train[domain]
             network.train()
             for items in images.batches(torch.randperm(len(images), generator=order).tolist(), args.batch_size, args.workers):
-                crops = random_crops([image for image, _ in items], args.image_size, record["mirror"], order)
-                x = normalise(crops, record, device)                                         # (B, 3, S, S)
-                y = torch.tensor([label for _, label in items], device=device)               # (B,)
-
+                x, y = training_batch(items, args.image_size, record, order, device)         # (B, 3, S, S), (B,)
                 with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.precision == "bf16"):
                     logits = network(x, domain)
                 task = F.cross_entropy(logits.float(), y)
@@ -84,7 +81,7 @@ def adapt(network, facts, train, val, args, log):
             record, images = facts["domains"][domain], train[domain]
             shuffled = torch.randperm(len(images), generator=order).tolist()
             ba2ps.reestimate_batch_norm(network, domain, (
-                normalise(random_crops([i for i, _ in items], args.image_size, record["mirror"], order), record, device)
+                training_batch(items, args.image_size, record, order, device)[0]
                 for items in images.batches(shuffled, 128, args.workers)))
         print("batch-norm statistics re-estimated for the final switches:")
         report(network, facts, val, args, log, "final", losses, multipliers)
@@ -128,10 +125,9 @@ def train_backbone(network, facts, train, val, args, log):
         network.train()
         total = 0.0
         for items in train.batches(torch.randperm(len(train), generator=order).tolist(), 64, args.workers):
-            crops = random_crops([image for image, _ in items], args.image_size, record["mirror"], order)
-            y = torch.tensor([label for _, label in items], device=args.device)
+            x, y = training_batch(items, args.image_size, record, order, args.device)
             with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
-                logits = network(normalise(crops, record, args.device), source)
+                logits = network(x, source)
             loss = F.cross_entropy(logits.float(), y)
             optimizer.zero_grad()
             loss.backward()
