@@ -264,7 +264,9 @@ def measure(network, facts, accuracies, split, baseline=None):
     for domain, row in rows.items():
         row["accuracy"] = accuracies.get(domain)
     complexity = sum(row["complexity"] for row in rows.values()) / len(rows)
-    report = {"budget": facts.get("budget"), "split": split, "domains": rows, "mean_accuracy": None, "s_score": None,
+    budget = facts.get("budget")
+    over = [domain for domain, row in rows.items() if budget is not None and row["usage"] > budget + 1e-9]
+    report = {"budget": budget, "split": split, "domains": rows, "over_budget": over, "mean_accuracy": None, "s_score": None,
               "s_o": None, "s_p": None, "complexity": complexity,
               "complexity_with_source": (complexity * len(rows) + 1) / (len(rows) + 1), "params": params,
               "sparsity_all": sparsity_all, "source": network.source, "source_accuracy": accuracies.get(network.source),
@@ -298,7 +300,7 @@ def show(report):
     budget, width = report["budget"], max([len(d) for d in report["domains"]] + [len(report["source"]) + 9, 14])
     print(f"{'':{width}}  accuracy   channels on   budget   sparsity   complexity")
     for domain, row in report["domains"].items():
-        over = budget is not None and row["usage"] > budget
+        over = domain in report["over_budget"]
         print(f"{domain:{width}}{cell(row['accuracy'], '.2f', 10)}{row['usage']:14.3f}{cell(budget, '.2f', 9)}"
               f"{100 * row['sparsity']:10.1f}%{row['complexity']:13.3f}{'   over budget' if over else ''}")
     print(f"{'mean':{width}}{cell(report['mean_accuracy'], '.2f', 10)}{'':34}{report['complexity']:13.3f}")
@@ -310,6 +312,10 @@ def show(report):
           f"{report['complexity_with_source']:.3f}\nparams (memory, backbone = 1)     {report['params']:.3f}")
     if report["s_score"] is not None:
         print(f"S {report['s_score']:.0f}   S_O {report['s_o']:.0f}   S_P {report['s_p']:.0f}")
+    if budget is not None:
+        over = report["over_budget"]
+        number = f"{len(over)} of {len(report['domains'])} domains" if over else "no domain"
+        print(f"{number} over budget{': ' if over else ''}{', '.join(over)}")
 
 
 def write_json(path, content):

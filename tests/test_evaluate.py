@@ -46,6 +46,23 @@ def test_s_per_operation_and_per_parameter_of_the_papers_rows(budget, monkeypatc
     assert report["mean_accuracy"] == pytest.approx(sum(OURS[budget][0][1:]) / 9)
 
 
+def test_a_domain_is_over_budget_by_a_switch_not_by_rounding(monkeypatch, capsys):
+    usage = {"a": 0.1 + 0.2, "b": 0.3 + 1 / 3539, "c": 0.25, "d": 0.31}  # the first is 0.30000000000000004
+    rows = {d: {"usage": value, "sparsity": 0.7, "complexity": 0.3} for d, value in usage.items()}
+    monkeypatch.setattr(evaluate, "costs", lambda network, image_size: (rows, 0.6, 0.4))
+
+    class Network:
+        source = "imagenet12"
+    for budget, expected, says in ((0.3, ["b", "d"], "2 of 4 domains over budget: b, d"), (0.5, [], "no domain over budget"),
+                                   (None, [], None)):
+        facts = {"image_size": 64} if budget is None else {"image_size": 64, "budget": budget}
+        report, _ = evaluate.measure(Network, facts, {}, "test")
+        evaluate.show(report)
+        lines = capsys.readouterr().out.splitlines()
+        assert report["over_budget"] == expected and (lines[-1] == says or says is None and "over" not in "".join(lines))
+        assert [line.split()[0] for line in lines if line.endswith("   over budget")] == expected
+
+
 def test_the_complexity_of_ba2s_own_rows_counts_imagenet_as_one():
     assert (9 * 0.25 + 1) / 10 == pytest.approx(0.325)  # Table 2, BA2 at 0.25
 
