@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The benchmark: the Visual Decathlon's files, crops and scores, and the paper's Tables 1 and 2 for one model.
+"""The benchmark: the Visual Decathlon's files, crops and scores, the paper's Tables 1 and 2 for one model, 3 for several.
 
   python evaluate.py runs/beta0.5/model.pt --data decathlon                             # val: accuracy, S, cost
   python evaluate.py runs/beta0.5/model.pt --data decathlon --split test --results r.json   # for the challenge's server
+  python evaluate.py --compare runs/*/model.pt [--data decathlon]                       # what they prune in common
 
 Measures as in the paper: accuracy in %, averaged over 5 or 10 crops; S of Eq. 6; complexity and params relative to the
 backbone; sparsity as in Table 7. The source domain is served by the untouched backbone and takes no part in budget,
 sharing, sparsity or params: it is reported apart.
 """
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -141,6 +143,14 @@ def load_model(path):
     network, facts = ba2ps.load(path)
     if not {"image_size", "domains"} <= facts.keys() or not set(network.classifiers) <= facts["domains"].keys():
         raise InputError(f"{path} does not say what its images are like: give a checkpoint of train.py or prune.py")
+    return network, facts
+
+
+def load_adapted(path):
+    """load_model of a network that has adapted domains."""
+    network, facts = load_model(path)
+    if not network.domains:
+        raise InputError(f"{path} is a backbone without adapted domains: give train.py's model.pt")
     return network, facts
 
 
@@ -289,6 +299,60 @@ def measure(network, facts, accuracies, split, baseline=None):
     return report, remarks
 
 
+@torch.no_grad()
+def channels_on(network):
+    """{layer: (N, C) bool}, the N adapted domains by the backbone's C input channels: on or not; pruned ones are off."""
+    on = {}
+    for name, layer in ba2ps.switched_layers(network).items():
+        on[name] = torch.zeros(len(network.domains), layer.total_channels, dtype=torch.bool)
+        on[name][:, layer.kept] = layer.binary_switches(network.domains).bool().cpu()
+    return on
+
+
+def shared_sparsity(networks):
+    """Share of a layer's input channels that no adapted domain of any of `networks` uses, mean over layers (Table 3).
+
+    The networks have the same layers; their weights and their domains may differ. Of one network: its sparsity all.
+    """
+    models = [channels_on(network) for network in networks]
+    used = [torch.cat([on[name] for on in models]).any(0) for name in models[0]]  # of each layer (C,)
+    return sum(1 - layer.double().mean().item() for layer in used) / len(used)
+
+
+def compare(models, accuracies, split=None):
+    """The paper's Table 3, for every pair of models and for all together, and what each is by itself: as `--json` writes it.
+
+    models: {path: (network, facts)}; accuracies: {path: mean accuracy in %}, may be empty. The largest shared sparsity
+    that budgets allow is 1 - the largest of them. Shares are from 0 to 1.
+    """
+    rows = [{"model": path, "budget": facts.get("budget"), "training": training(facts),
+             "mean_accuracy": accuracies.get(path), "sparsity_all": ba2ps.sparsity(network)[1],
+             "params": ba2ps.params(network)}
+            for path, (network, facts) in models.items()]
+    groups = [*itertools.combinations(rows, 2)] + ([rows] if len(rows) > 2 else [])
+    shared = []
+    for group in groups:
+        budgets = [row["budget"] for row in group]
+        shared.append({"models": [row["model"] for row in group], "budgets": budgets,
+                       "shared_sparsity": shared_sparsity([models[row["model"]][0] for row in group]),
+                       "max_shared_sparsity": None if None in budgets else min(1 - budget for budget in budgets)})
+    return {"split": split, "models": rows, "shared": shared}
+
+
+def training(facts):
+    """What tells groups of models apart, in a few words, from the arguments train.py was given; "" if they are unknown."""
+    arguments, words = facts.get("arguments") or {}, []
+    if "sharing" in arguments:
+        words.append(f"λ_PS = {arguments['sharing']}" if arguments["sharing"] else "no sharing")
+    if arguments.get("sharing_loss", "intersection") != "intersection":
+        words.append(str(arguments["sharing_loss"]))
+    if arguments.get("recipe"):
+        words.append(f"recipe {arguments['recipe']}")
+    if arguments.get("independent"):
+        words.append("independent")
+    return ", ".join(words)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the script
 
@@ -350,35 +414,95 @@ def stop(message):
     sys.exit(2)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = stop
-    parser.add_argument("model", help="checkpoint of train.py or prune.py")
-    parser.add_argument("--data", required=True, help="a Visual Decathlon root (annotations/, data/)")
-    parser.add_argument("--split", default="val", choices=["train", "val", "test"])
-    parser.add_argument("--crops", type=int, choices=[1, 5, 10], help="default: the paper's, 10, or 5 without mirroring")
-    parser.add_argument("--no-mirror", nargs="+", default=[], metavar="NAME", help="domains with five crops")
-    parser.add_argument("--skip-source", action="store_true", help="do not evaluate the source domain")
-    parser.add_argument("--baseline", metavar="FILE", help="{domain: accuracy of full fine-tuning in %%}, for S")
-    parser.add_argument("--json", metavar="FILE", help="write all measures")
-    parser.add_argument("--results", metavar="FILE", help="write the challenge's results file")
-    parser.add_argument("--batch-size", type=int, default=32, help="images, each with all its crops")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
-    check_device(args.device)
+def show_comparison(report):
+    """The paper's Table 3, after what each model is by itself."""
+    def percent(value):
+        return "-" if value is None else f"{100 * value:.1f}%"
 
-    network, facts = load_model(args.model)
-    if not network.domains:
-        raise InputError(f"{args.model} is a backbone without adapted domains: give train.py's model.pt")
+    def beta(value):
+        return "-" if value is None else f"{value:.2f}"
+
+    rows, known = report["models"], any(row["mean_accuracy"] is not None for row in report["models"])
+    names = short_names([row["model"] for row in rows])
+    joined = {id(row): " & ".join(names[path] for path in row["models"]) for row in report["shared"]}
+    width = max(map(len, [*joined.values(), *names, "models"]))
+    print(f"{'model':{width}}{'beta':>8}{'sparsity all':>15}{'1 - beta':>11}{'params':>9}{'   accuracy' if known else ''}")
+    for row in rows:
+        most = None if row["budget"] is None else 1 - row["budget"]
+        print(f"{row['model']:{width}}{beta(row['budget']):>8}{percent(row['sparsity_all']):>15}{percent(most):>11}"
+              f"{row['params']:9.3f}{format(row['mean_accuracy'], '11.2f') if known else ''}")
+    betas = [" & ".join(map(beta, row["budgets"])) for row in report["shared"]]
+    wide = max(map(len, betas))
+    print(f"\n{'models':{width}}   {'beta':{wide}}   shared sparsity   max shared sparsity")
+    for row, budgets in zip(report["shared"], betas):
+        print(f"{joined[id(row)]:{width}}   {budgets:{wide}}{percent(row['shared_sparsity']):>18}"
+              f"{percent(row['max_shared_sparsity']):>22}")
+
+
+def short_names(paths):
+    """{path: the part of it that tells it from the others}: runs/a/model.pt and runs/b/model.pt are a and b."""
+    parts = [Path(path).parts for path in paths]
+    while len({part[0] for part in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [part[1:] for part in parts]
+    while len({part[-1] for part in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [part[:-1] for part in parts]
+    return {path: "/".join(part) for path, part in zip(paths, parts)}
+
+
+def run(network, facts, sets, args, progress):
+    """({domain: accuracy in %}, the rows of the challenge's results file) of `network` on `sets`, {domain: Images}."""
+    network.to(args.device)
+    accuracies, results = {}, []
+    for domain, images in sets.items():
+        probabilities = predict(network, domain, facts["domains"][domain], images, args.crops, args.batch_size,
+                                args.device, args.workers, progress)
+        if images.labelled:
+            accuracies[domain] = accuracy(probabilities, images)
+        results += [{"image_id": image_id, "category_id": images.category_ids[label]}
+                    for image_id, label in zip(images.ids, probabilities.argmax(1).tolist())]
+    network.cpu()
+    return accuracies, results
+
+
+def compare_models(args):
+    models = {path: load_adapted(path) for path in args.compare}
+    first, (like, _) = next(iter(models.items()))
+    for path, (network, facts) in models.items():
+        layers, expected = ({name: layer.total_channels for name, layer in ba2ps.switched_layers(n).items()}
+                            for n in (network, like))
+        if layers != expected:
+            raise InputError(f"{path} is WRN-{network.depth}-{network.widen_factor} and {first} WRN-{like.depth}-"
+                             f"{like.widen_factor}: --compare needs models with the same layers")
+    check_no_mirror(args, [network for network, _ in models.values()])
+
+    accuracies, sets, opened = {}, {}, {}
+    if args.data:
+        for path, (network, facts) in models.items():
+            sets[path] = {}
+            for domain in network.domains:
+                record = facts["domains"][domain]
+                record["mirror"] = record["mirror"] and domain not in args.no_mirror
+                same = (domain, facts["image_size"], *record["category_ids"])
+                if same not in opened:  # models share the decoded images
+                    opened[same] = Images(args.data, domain, [args.split], facts["image_size"], record["category_ids"])
+                if not opened[same].labelled:
+                    raise InputError(f"--split {args.split} has no labels for {domain}: there is no accuracy to compare")
+                sets[path][domain] = opened[same]
+        progress = progress_line(sum(len(images) for own in sets.values() for images in own.values()), "evaluating")
+        for path, (network, facts) in models.items():
+            own, _ = run(network, facts, sets[path], args, progress)
+            accuracies[path] = sum(own.values()) / len(own)
+
+    report = compare(models, accuracies, args.split if args.data else None)
+    show_comparison(report)
+    if args.json:
+        write_json(args.json, report)
+
+
+def evaluate_model(args):
+    network, facts = load_adapted(args.model)
     baseline = read_baseline(args.baseline) if args.baseline else None
-    unknown = set(args.no_mirror) - set(network.classifiers)
-    if unknown:
-        raise InputError(f"--no-mirror {' '.join(sorted(unknown))}: the model serves {', '.join(network.classifiers)}")
-    for path in filter(None, (args.json, args.results)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            raise InputError(f"cannot write {path}: no such directory")
-
+    check_no_mirror(args, [network])
     domains, sets, skipped = list(network.domains), {}, []
     if network.source in network.classifiers and not args.skip_source:
         domains.insert(0, network.source)
@@ -392,18 +516,9 @@ def main():
                 raise
             skipped.append(f"the source {domain} is left out: {error}")  # ImageNet has to be fetched separately
 
-    network.to(args.device)
     progress = progress_line(sum(len(images) for images in sets.values()), "evaluating")
-    accuracies, results = {}, []
-    for domain, images in sets.items():
-        probabilities = predict(network, domain, facts["domains"][domain], images, args.crops, args.batch_size,
-                                args.device, args.workers, progress)
-        if images.labelled:
-            accuracies[domain] = accuracy(probabilities, images)
-        results += [{"image_id": image_id, "category_id": images.category_ids[label]}
-                    for image_id, label in zip(images.ids, probabilities.argmax(1).tolist())]
-
-    report, remarks = measure(network.cpu(), facts, accuracies, args.split, baseline)
+    accuracies, results = run(network, facts, sets, args, progress)
+    report, remarks = measure(network, facts, accuracies, args.split, baseline)
     print(f"{args.model} on {args.split}, {args.crops or '5 or 10'} crops, {len(results)} images")
     show(report)
     for remark in skipped + remarks:
@@ -413,6 +528,50 @@ def main():
     if args.results:
         write_json(args.results, results)
         print(f"{len(results)} predictions for {', '.join(sets)} in {args.results}")
+
+
+def check_no_mirror(args, networks):
+    served = list(dict.fromkeys(domain for network in networks for domain in network.classifiers))
+    unknown = set(args.no_mirror) - set(served)
+    if unknown:
+        raise InputError(f"--no-mirror {' '.join(sorted(unknown))}: the model serves {', '.join(served)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = stop
+    parser.add_argument("model", nargs="?", help="checkpoint of train.py or prune.py")
+    parser.add_argument("--data", help="a Visual Decathlon root (annotations/, data/); --compare does without")
+    parser.add_argument("--split", default="val", choices=["train", "val", "test"])
+    parser.add_argument("--crops", type=int, choices=[1, 5, 10], help="default: the paper's, 10, or 5 without mirroring")
+    parser.add_argument("--no-mirror", nargs="+", default=[], metavar="NAME", help="domains with five crops")
+    parser.add_argument("--skip-source", action="store_true", help="do not evaluate the source domain")
+    parser.add_argument("--baseline", metavar="FILE", help="{domain: accuracy of full fine-tuning in %%}, for S")
+    parser.add_argument("--compare", nargs="+", metavar="MODEL", help="the paper's Table 3 for several models")
+    parser.add_argument("--json", metavar="FILE", help="write all measures")
+    parser.add_argument("--results", metavar="FILE", help="write the challenge's results file")
+    parser.add_argument("--batch-size", type=int, default=32, help="images, each with all its crops")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    check_device(args.device)
+
+    if args.compare and args.model:
+        raise InputError(f"{args.model} stands outside --compare: give all models after --compare")
+    if args.compare and len(set(args.compare)) < 2:
+        raise InputError(f"--compare {args.compare[0]} is one model only: give two or more")
+    if not args.compare and not args.model:
+        raise InputError("no model is given: name a checkpoint of train.py or prune.py, or several after --compare")
+    if not args.data and not args.compare:
+        raise InputError("--data is missing: give the root of the images (only --compare does without)")
+    for flag in ("--results", "--baseline"):
+        path = getattr(args, flag[2:])
+        if path and args.compare:
+            raise InputError(f"{flag} {path} is for one model: leave it out with --compare")
+    for path in filter(None, (args.json, args.results)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise InputError(f"cannot write {path}: no such directory")
+    compare_models(args) if args.compare else evaluate_model(args)
 
 
 if __name__ == "__main__":

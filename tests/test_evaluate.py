@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The benchmark: published scores, the release's files, crops, channel statistics."""
+"""The benchmark: published scores, the release's files, crops, channel statistics, models compared."""
 import json
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import ba2ps
 import evaluate
 from ba2ps import InputError
 
@@ -227,3 +230,107 @@ def test_predictions_average_the_probabilities_of_the_crops(tmp_path):
             probabilities.append(np.exp(logits) / np.exp(logits).sum())
         np.testing.assert_allclose(got[i].numpy(), np.mean(probabilities, 0), atol=1e-5)
     assert evaluate.accuracy(torch.eye(3)[torch.tensor(images.labels)], images) == 100
+
+
+# --- several models --------------------------------------------------------------------------------------------------
+
+def by_hand(depth=10, widen_factor=1, **used):
+    """A network in which domain d uses the channels used[d](C) of a layer of C, its switches +-1."""
+    network = ba2ps.WideResNet(depth, widen_factor, "source", 3)
+    for domain, chosen in used.items():
+        network.add_domain(domain, 3)
+        for layer in ba2ps.switched_layers(network).values():
+            layer.switches[domain].data.fill_(-1)[list(chosen(layer.in_channels))] = 1
+    return network
+
+
+def written(path, network, **facts):
+    domains = {domain: {"classes": ["cat", "dog", "emu"], "category_ids": [7, 17, 27], "mean": [.5] * 3, "std": [.3] * 3,
+                        "mirror": False} for domain in network.classifiers}
+    path.parent.mkdir(exist_ok=True)
+    ba2ps.save(path, network, image_size=32, domains=domains, **facts)
+    return path
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--device", "cpu", "--workers", "0"])
+    evaluate.main()
+
+
+def three_models():
+    """In sixteenths of a layer's channels {0..3}, {2..9}, {5..14}; but in one layer the first has all switches off."""
+    a = by_hand(x=lambda c: range(c // 8), y=lambda c: range(c // 8, c // 4))
+    b = by_hand(x=lambda c: range(c // 8, 10 * c // 16))
+    c = by_hand(y=lambda c: range(5 * c // 16, 15 * c // 16), z=lambda c: [c // 2])
+    layer = ba2ps.switched_layers(a)["block2.0.conv2"]
+    assert layer.in_channels == 32
+    for domain, strongest in (("x", 31), ("y", 30)):
+        layer.switches[domain].data.fill_(-1)[strongest] = 0.0
+    return {"a": (a, 0.25), "b": (b, 0.5), "c": (c, 0.75)}
+
+
+def test_table_3_of_models_counted_by_hand(tmp_path, monkeypatch, capsys):
+    paths = [written(tmp_path / name / "model.pt", network, budget=beta) for name, (network, beta) in three_models().items()]
+    run(monkeypatch, "--compare", *paths, "--json", tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+    # eight layers by sixteenths; in the ninth, of 32 channels, the first model has 30 and 31, the others {4..19}, {10..29}
+    expected = [("a", "b", 6 / 16, 14 / 32, 0.5), ("a", "c", 2 / 16, 10 / 32, 0.25), ("b", "c", 3 / 16, 6 / 32, 0.25),
+                ("a", "b", "c", 1 / 16, 4 / 32, 0.25)]
+    assert len(report["shared"]) == len(expected)
+    out = capsys.readouterr().out
+    for row, (*names, eight, ninth, most) in zip(report["shared"], expected):
+        assert [Path(path).parent.name for path in row["models"]] == names
+        assert row["budgets"] == [dict(a=0.25, b=0.5, c=0.75)[name] for name in names]
+        assert row["shared_sparsity"] == pytest.approx((8 * eight + ninth) / 9) and row["max_shared_sparsity"] == most
+        line = next(line for line in out.splitlines() if line.startswith(" & ".join(names) + "  "))
+        assert line.split()[-2:] == [f"{100 * (8 * eight + ninth) / 9:.1f}%", f"{100 * most:.1f}%"]
+        assert " & ".join(f"{beta:.2f}" for beta in row["budgets"]) in line
+    for row, path, own in zip(report["models"], paths, [(8 * 12 / 16 + 30 / 32) / 9, 8 / 16, 6 / 16]):
+        assert row["model"] == str(path) and row["sparsity_all"] == pytest.approx(own) and row["mean_accuracy"] is None
+        line = next(line for line in out.splitlines() if line.startswith(str(path)))
+        assert line.split()[1:4] == [f"{row['budget']:.2f}", f"{100 * own:.1f}%", f"{100 - 100 * row['budget']:.1f}%"]
+
+
+def test_two_models_are_one_pair_and_an_unknown_budget_has_no_largest(tmp_path, monkeypatch, capsys):
+    models = three_models()
+    paths = [written(tmp_path / "a.pt", models["a"][0], budget=0.25), written(tmp_path / "b.pt", models["b"][0])]
+    run(monkeypatch, "--compare", *paths, "--json", tmp_path / "r.json")
+    shared = json.loads((tmp_path / "r.json").read_text())["shared"]
+    assert len(shared) == 1 and shared[0]["max_shared_sparsity"] is None and shared[0]["budgets"] == [0.25, None]
+    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "-"
+
+
+@pytest.mark.parametrize("pruned", ["abc", "b"])
+def test_pruned_models_compare_as_masked_ones(pruned, tmp_path, monkeypatch):
+    reports = []
+    for chosen in ("", pruned):
+        paths = [written(tmp_path / f"{name}.pt", ba2ps.prune(network) if name in chosen else network, budget=beta)
+                 for name, (network, beta) in three_models().items()]
+        run(monkeypatch, "--compare", *paths, "--json", tmp_path / "r.json")
+        reports.append(json.loads((tmp_path / "r.json").read_text()))
+    assert reports[0] == reports[1]
+
+
+def test_compared_accuracies_are_those_of_each_model_by_itself(tmp_path, monkeypatch):
+    for domain in ("birds", "cars"):
+        write_domain(tmp_path, domain)
+    used = {"birds": lambda c: range(c // 2), "cars": lambda c: range(c // 4, c)}
+    paths = [written(tmp_path / f"{budget}.pt", by_hand(**used), budget=budget) for budget in (0.5, 0.75)]
+    expected = []
+    for path in paths:
+        run(monkeypatch, path, "--data", tmp_path, "--json", tmp_path / "r.json")
+        expected.append(json.loads((tmp_path / "r.json").read_text())["mean_accuracy"])
+    run(monkeypatch, "--compare", *paths, "--data", tmp_path, "--json", tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [row["mean_accuracy"] for row in report["models"]] == expected and report["split"] == "val"
+    with pytest.raises(InputError, match="--split test has no labels"):
+        run(monkeypatch, "--compare", *paths, "--data", tmp_path, "--split", "test")
+
+
+def test_models_of_other_layers_are_not_compared(tmp_path, monkeypatch):
+    used = {"x": lambda c: range(c // 2)}
+    first = written(tmp_path / "first.pt", by_hand(**used), budget=0.5)
+    for depth, widen_factor in ((16, 1), (10, 2)):
+        other = written(tmp_path / "other.pt", by_hand(depth, widen_factor, **used), budget=0.5)
+        with pytest.raises(InputError, match=f"other.pt is WRN-{depth}-{widen_factor} and .*first.pt WRN-10-1"):
+            run(monkeypatch, "--compare", first, other)
