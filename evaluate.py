@@ -3,17 +3,20 @@
 
   python evaluate.py runs/beta0.5/model.pt --data decathlon                             # val: accuracy, S, cost
   python evaluate.py runs/beta0.5/model.pt --data decathlon --split test --results r.json   # for the challenge's server
-  python evaluate.py --compare runs/*/model.pt [--data decathlon]                       # what they prune in common
+  python evaluate.py runs/beta0.5/model.pt --picture channels.png                       # who uses which channel
+  python evaluate.py --compare runs/*/model.pt [--data decathlon] [--picture betas.png] # what they prune in common
 
 Measures as in the paper: accuracy in %, averaged over 5 or 10 crops; S of Eq. 6; complexity and params relative to the
 backbone; sparsity as in Table 7. The source domain is served by the untouched backbone and takes no part in budget,
 sharing, sparsity or params: it is reported apart.
 """
 import argparse
+import io
 import itertools
 import json
 import os
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -354,6 +357,134 @@ def training(facts):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# pictures: 1800 pixels wide, to be read at half of that; the colours differ in lightness too: all eyes tell them apart
+
+INK, PALE, PRUNABLE = "#222222", "#e6e6e6", "#e69f00"
+USED = [  # (colour, what it says of a domain's channel, from how many domains on)
+    ("#08306b", "on in all domains", 1), ("#4a90c8", "on in several", 3), ("#a6d3f2", "on in this one alone", 2),
+    (PALE, "off here, on in others", 2), (PRUNABLE, "off in all: pruned", 1)]
+LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000"]  # Okabe and Ito
+MARKERS = "osD^vP"
+
+
+def check_picture(path):
+    """InputError unless a picture can be drawn and `path` is a place for it."""
+    if not path.lower().endswith(".png"):
+        raise InputError(f"--picture {path} does not end in .png: a PNG is what it writes")
+    try:
+        import matplotlib.style  # noqa: F401
+    except ImportError:
+        raise InputError("--picture needs matplotlib: pip install matplotlib") from None
+
+
+def write_picture(path, draw):
+    """draw(figure) and write it to `path`, all of it or nothing."""
+    import matplotlib.style
+    from matplotlib.figure import Figure  # not pyplot: that would look for a display
+    drawn = io.BytesIO()
+    with matplotlib.style.context("default"):
+        figure = Figure(dpi=200)
+        draw(figure)
+        figure.savefig(drawn, format="png")
+    ba2ps.write_whole(path, lambda part: Path(part).write_bytes(drawn.getvalue()))
+
+
+def draw_channels(figure, network, facts):
+    """A strip per switched layer: domains from top to bottom, channels from the most used to what is pruned.
+
+    All strips have one size, whatever the number of channels: the area in PRUNABLE is sparsity all.
+    """
+    from matplotlib.patches import Patch
+    layers, domains = channels_on(network), network.domains
+    blocks = {}
+    for name in sorted(layers, key=lambda name: [word.zfill(5) for word in name.split(".")]):
+        blocks.setdefault(name.split(".")[0], []).append(name)
+
+    budget = "" if facts.get("budget") is None else f"β = {facts['budget']:g}"
+    title = "   ".join(filter(None, [f"WRN-{network.depth}-{network.widen_factor}", budget, training(facts), "sparsity all "
+                                     f"{100 * ba2ps.sparsity(network)[1]:.1f}%", f"params {ba2ps.params(network):.3f}"]))
+    words = " · ".join(f"{domain}\xa0{ba2ps.usage(network, domain):.3f}" for domain in domains)  # \xa0: not broken in two
+    words = textwrap.wrap(f"columns: channels, most used first; rows from the top, with the share that is on: {words}", 145,
+                          break_on_hyphens=False)
+
+    width, top, bottom, label, number = 9.0, 0.66 + 0.14 * len(words), 0.4, 0.78, 0.55  # all in inches
+    high, longest = max(0.28, 0.055 * len(domains)), max(map(len, blocks.values()))     # of a strip; strips in a column
+    gap = 0.1 / high                                                                    # between strips, in their height
+    tall = (longest + gap * (longest - 1)) * high
+    height = top + tall + bottom
+    figure.set_size_inches(width, height)
+    figure.text(0.1 / width, 1 - 0.12 / height, title, va="top", size=min(11, 950 / len(title)), weight="bold", color=INK,
+                parse_math=False)
+    figure.text(0.1 / width, 1 - 0.38 / height, "\n".join(words), va="top", size=8, color=INK, parse_math=False)
+
+    colours = torch.tensor([list(bytes.fromhex(colour[1:])) for colour, _, _ in USED], dtype=torch.uint8)
+    wide = width / len(blocks)
+    for column, (block, names) in enumerate(blocks.items()):
+        left = (column * wide + label) / width
+        axes = figure.add_axes([left, bottom / height, (wide - label - number) / width, tall / height])
+        for row, name in enumerate(names):
+            on = layers[name]                                                # (N, C)
+            count = on.sum(0)
+            order = sorted(range(on.shape[1]), key=lambda c: (count[c].item(), on[:, c].tolist()), reverse=True)
+            on, count = on[:, order], count[order].expand_as(on)
+            kind = torch.where(on, 1 + (count == 1).int(), 3 + (count == 0).int())
+            kind[on & (count == len(domains))] = 0
+            start = row * (1 + gap)
+            axes.imshow(colours[kind.long()].numpy(), extent=(0, 1, start + 1, start), aspect="auto",
+                        interpolation="nearest")
+            axes.text(1.03, start + 0.5, f"{int(on.any(0).sum())}/{on.shape[1]}", va="center", size=8, color=INK)
+        axes.set(xlim=(0, 1), ylim=(longest + gap * (longest - 1), 0), xticks=[])
+        axes.set_yticks([row * (1 + gap) + 0.5 for row in range(len(names))],
+                        [name.partition(".")[2] or name for name in names], size=8, color=INK)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(block, size=9, weight="bold", color=INK, pad=4)
+        axes.annotate("left", (1.03, 1), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points", size=8,
+                      color=INK)
+    figure.legend(handles=[Patch(color=colour, label=says) for colour, says, least in USED if len(domains) >= least],
+                  loc="lower center", ncols=len(USED), frameon=False, fontsize=8.5, handlelength=1.3, columnspacing=1.6)
+
+
+def draw_betas(figure, report):
+    """Accuracy (without it, sparsity all) and params against beta, a line for each group of models; of `compare`'s report.
+
+    Where a group has several models of one beta (seeds), its line goes through their mean.
+    """
+    rows = report["models"]
+    known = all(row["mean_accuracy"] is not None for row in rows)
+    figure.set_size_inches(9, 3.7)
+    left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.21, top=0.92, wspace=0.2)
+    for i, group in enumerate(dict.fromkeys(row["training"] for row in rows)):
+        for axes, measure in ((left, "mean_accuracy" if known else "sparsity_all"), (right, "params")):
+            points = {}
+            for row in rows:
+                if row["training"] == group:
+                    points.setdefault(row["budget"], []).append(row[measure] * (100 if measure == "sparsity_all" else 1))
+            style = {"color": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)], "clip_on": False, "zorder": 3}
+            budgets = sorted(points)
+            axes.plot(budgets, [sum(points[b]) / len(points[b]) for b in budgets], **{**style, "marker": ""}, linewidth=1.8)
+            axes.plot(*zip(*[(b, value) for b in budgets for value in points[b]]), **style, linestyle="", markersize=6,
+                      label=group or "models")
+    if not known:
+        left.plot([0, 1], [100, 0], color="#777777", linestyle="--", linewidth=1.3, label="ideal, 1 − β")
+    for axes, title in ((left, f"mean accuracy on {report['split']} (%)" if known else
+                         "sparsity all: channels no domain uses (%)"), (right, "params (memory, backbone = 1)")):
+        axes.set_title(title, size=10, weight="bold", color=INK, loc="left")
+        axes.set_xlim(0, 1.03)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.50", "0.75", "1"])
+        axes.set_xlabel("budget β", size=9, color=INK)
+        axes.tick_params(labelsize=9, colors=INK)
+        axes.grid(color="#dddddd", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    if not known:
+        left.set_ylim(0, 100)
+    right.set_ylim(bottom=0)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the script
 
 def show(report):
@@ -473,6 +604,8 @@ def compare_models(args):
         if layers != expected:
             raise InputError(f"{path} is WRN-{network.depth}-{network.widen_factor} and {first} WRN-{like.depth}-"
                              f"{like.widen_factor}: --compare needs models with the same layers")
+        if args.picture and facts.get("budget") is None:
+            raise InputError(f"{path} does not say its budget: --picture of several models is against beta")
     check_no_mirror(args, [network for network, _ in models.values()])
 
     accuracies, sets, opened = {}, {}, {}
@@ -497,37 +630,44 @@ def compare_models(args):
     show_comparison(report)
     if args.json:
         write_json(args.json, report)
+    if args.picture:
+        write_picture(args.picture, lambda figure: draw_betas(figure, report))
+        print(f"{'accuracy' if args.data else 'sparsity'} and params against beta in {args.picture}")
 
 
 def evaluate_model(args):
     network, facts = load_adapted(args.model)
     baseline = read_baseline(args.baseline) if args.baseline else None
     check_no_mirror(args, [network])
-    domains, sets, skipped = list(network.domains), {}, []
-    if network.source in network.classifiers and not args.skip_source:
-        domains.insert(0, network.source)
-    for domain in domains:
-        record = facts["domains"][domain]
-        record["mirror"] = record["mirror"] and domain not in args.no_mirror
-        try:
-            sets[domain] = Images(args.data, domain, [args.split], facts["image_size"], record["category_ids"])
-        except InputError as error:
-            if domain != network.source:
-                raise
-            skipped.append(f"the source {domain} is left out: {error}")  # ImageNet has to be fetched separately
+    if args.data:
+        domains, sets, skipped = list(network.domains), {}, []
+        if network.source in network.classifiers and not args.skip_source:
+            domains.insert(0, network.source)
+        for domain in domains:
+            record = facts["domains"][domain]
+            record["mirror"] = record["mirror"] and domain not in args.no_mirror
+            try:
+                sets[domain] = Images(args.data, domain, [args.split], facts["image_size"], record["category_ids"])
+            except InputError as error:
+                if domain != network.source:
+                    raise
+                skipped.append(f"the source {domain} is left out: {error}")  # ImageNet has to be fetched separately
 
-    progress = progress_line(sum(len(images) for images in sets.values()), "evaluating")
-    accuracies, results = run(network, facts, sets, args, progress)
-    report, remarks = measure(network, facts, accuracies, args.split, baseline)
-    print(f"{args.model} on {args.split}, {args.crops or '5 or 10'} crops, {len(results)} images")
-    show(report)
-    for remark in skipped + remarks:
-        print(remark)
-    if args.json:
-        write_json(args.json, report)
-    if args.results:
-        write_json(args.results, results)
-        print(f"{len(results)} predictions for {', '.join(sets)} in {args.results}")
+        progress = progress_line(sum(len(images) for images in sets.values()), "evaluating")
+        accuracies, results = run(network, facts, sets, args, progress)
+        report, remarks = measure(network, facts, accuracies, args.split, baseline)
+        print(f"{args.model} on {args.split}, {args.crops or '5 or 10'} crops, {len(results)} images")
+        show(report)
+        for remark in skipped + remarks:
+            print(remark)
+        if args.json:
+            write_json(args.json, report)
+        if args.results:
+            write_json(args.results, results)
+            print(f"{len(results)} predictions for {', '.join(sets)} in {args.results}")
+    if args.picture:
+        write_picture(args.picture, lambda figure: draw_channels(figure, network, facts))
+        print(f"who uses which channel in {args.picture}")
 
 
 def check_no_mirror(args, networks):
@@ -541,7 +681,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = stop
     parser.add_argument("model", nargs="?", help="checkpoint of train.py or prune.py")
-    parser.add_argument("--data", help="a Visual Decathlon root (annotations/, data/); --compare does without")
+    parser.add_argument("--data", help="a Visual Decathlon root (annotations/, data/); --picture and --compare do without")
     parser.add_argument("--split", default="val", choices=["train", "val", "test"])
     parser.add_argument("--crops", type=int, choices=[1, 5, 10], help="default: the paper's, 10, or 5 without mirroring")
     parser.add_argument("--no-mirror", nargs="+", default=[], metavar="NAME", help="domains with five crops")
@@ -550,6 +690,8 @@ def main():
     parser.add_argument("--compare", nargs="+", metavar="MODEL", help="the paper's Table 3 for several models")
     parser.add_argument("--json", metavar="FILE", help="write all measures")
     parser.add_argument("--results", metavar="FILE", help="write the challenge's results file")
+    parser.add_argument("--picture", metavar="FILE.png",
+                        help="draw who uses which channel, or with --compare accuracy (sparsity, without --data) and params")
     parser.add_argument("--batch-size", type=int, default=32, help="images, each with all its crops")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=2)
@@ -562,15 +704,21 @@ def main():
         raise InputError(f"--compare {args.compare[0]} is one model only: give two or more")
     if not args.compare and not args.model:
         raise InputError("no model is given: name a checkpoint of train.py or prune.py, or several after --compare")
-    if not args.data and not args.compare:
-        raise InputError("--data is missing: give the root of the images (only --compare does without)")
+    if not args.data and not args.compare and not args.picture:
+        raise InputError("--data is missing: give the root of the images (only --picture and --compare do without)")
     for flag in ("--results", "--baseline"):
         path = getattr(args, flag[2:])
         if path and args.compare:
             raise InputError(f"{flag} {path} is for one model: leave it out with --compare")
-    for path in filter(None, (args.json, args.results)):
+    for flag in ("--results", "--baseline", "--json"):
+        path = getattr(args, flag[2:])
+        if path and not args.data and not args.compare:
+            raise InputError(f"{flag} {path} needs --data: without it nothing is evaluated")
+    for path in filter(None, (args.json, args.results, args.picture)):
         if not os.path.isdir(os.path.dirname(path) or "."):
             raise InputError(f"cannot write {path}: no such directory")
+    if args.picture:
+        check_picture(args.picture)
     compare_models(args) if args.compare else evaluate_model(args)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The benchmark: published scores, the release's files, crops, channel statistics, models compared."""
+"""The benchmark: published scores, the release's files, crops, channel statistics, models compared and drawn."""
 import json
 import random
 import sys
@@ -320,9 +320,10 @@ def test_compared_accuracies_are_those_of_each_model_by_itself(tmp_path, monkeyp
     for path in paths:
         run(monkeypatch, path, "--data", tmp_path, "--json", tmp_path / "r.json")
         expected.append(json.loads((tmp_path / "r.json").read_text())["mean_accuracy"])
-    run(monkeypatch, "--compare", *paths, "--data", tmp_path, "--json", tmp_path / "r.json")
+    run(monkeypatch, "--compare", *paths, "--data", tmp_path, "--json", tmp_path / "r.json", "--picture", tmp_path / "p.png")
     report = json.loads((tmp_path / "r.json").read_text())
     assert [row["mean_accuracy"] for row in report["models"]] == expected and report["split"] == "val"
+    assert Image.open(tmp_path / "p.png").width == 1800
     with pytest.raises(InputError, match="--split test has no labels"):
         run(monkeypatch, "--compare", *paths, "--data", tmp_path, "--split", "test")
 
@@ -334,3 +335,127 @@ def test_models_of_other_layers_are_not_compared(tmp_path, monkeypatch):
         other = written(tmp_path / "other.pt", by_hand(depth, widen_factor, **used), budget=0.5)
         with pytest.raises(InputError, match=f"other.pt is WRN-{depth}-{widen_factor} and .*first.pt WRN-10-1"):
             run(monkeypatch, "--compare", first, other)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+def kinds(path):
+    """(height, width) of a picture: which of evaluate.USED a pixel has the colour of, -1 for none."""
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"))
+    kind = np.full(pixels.shape[:2], -1)
+    for i, (colour, _, _) in enumerate(evaluate.USED):
+        kind[(pixels == list(bytes.fromhex(colour[1:]))).all(2)] = i
+    return kind
+
+
+def quarter(i):
+    return lambda c: range(i * c // 4, (i + 1) * c // 4)
+
+
+@pytest.mark.parametrize("used, shares", [  # of the area: on in all, in several, in one alone, off here, off in all
+    ({"x": quarter(1), "y": quarter(1), "z": quarter(1)}, [1 / 4, 0, 0, 0, 3 / 4]),
+    ({"x": quarter(1), "y": quarter(2), "z": quarter(3)}, [0, 0, 1 / 4, 1 / 2, 1 / 4]),
+    ({"x": quarter(1), "y": quarter(1), "z": quarter(3)}, [0, 1 / 6, 1 / 12, 1 / 4, 1 / 2]),
+    ({"x": quarter(2)}, [1 / 4, 0, 0, 0, 3 / 4])])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_the_area_of_each_colour_is_the_share_of_channels(used, shares, pruned, tmp_path, monkeypatch, capsys):
+    network = by_hand(**used)
+    model = written(tmp_path / "model.pt", ba2ps.prune(network) if pruned else network, budget=0.25)
+    run(monkeypatch, model, "--picture", tmp_path / "p.png")  # no --data: nothing is evaluated
+    assert "p.png" in capsys.readouterr().out
+    kind = kinds(tmp_path / "p.png")
+    assert kind.shape[1] == 1800 and 300 < kind.shape[0] < 1000
+    area = np.bincount(kind[kind >= 0], minlength=5) / (kind >= 0).sum()
+    np.testing.assert_allclose(area, shares, atol=0.02)  # the legend has a patch of each
+    assert area[4] == pytest.approx(ba2ps.sparsity(network)[1], abs=0.02)
+
+
+def test_channels_are_drawn_from_the_most_used_to_the_pruned(tmp_path):
+    used = {"x": lambda c: [*range(c // 8), *range(c // 4, 3 * c // 8), *range(c // 2, 3 * c // 4)],
+            "y": lambda c: [*range(c // 8), *range(c // 2, 3 * c // 4)], "z": lambda c: range(c // 2, 3 * c // 4)}
+    network = by_hand(**used)
+    evaluate.write_picture(tmp_path / "p.png", lambda figure: evaluate.draw_channels(figure, network, {}))
+    kind = kinds(tmp_path / "p.png")
+    assert kind.shape[1] == 1800
+    row = kind[np.flatnonzero((kind == 0).sum(1) > 50)[5], :600]  # through domain x of the first strip, without a frame
+    row = row[row >= 0]
+    assert row[np.flatnonzero(np.diff(row, prepend=-1))].tolist() == [0, 1, 2, 4]
+    assert np.bincount(row)[[0, 1, 2, 4]] / len(row) == pytest.approx([1 / 4, 1 / 8, 1 / 8, 1 / 2], abs=0.02)
+
+
+def test_ten_domains_with_long_names_stay_inside_the_picture(tmp_path):
+    network = by_hand(28, 1, **{f"{domain}-with-a-name": quarter(i % 4) for i, domain in enumerate(TEN)})
+    facts = {"budget": 0.25, "arguments": {"sharing": 1.0, "recipe": "paper", "independent": True}}
+    evaluate.write_picture(tmp_path / "p.png", lambda figure: evaluate.draw_channels(figure, network, facts))
+    with Image.open(tmp_path / "p.png") as image:
+        pixels = np.asarray(image.convert("L"))
+    assert pixels.shape[1] == 1800 and 1000 < pixels.shape[0] < 1600
+    assert all((edge == 255).all() for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]))
+
+
+def lines(**measured):
+    """{label: x, y of the markers} of the two panels that draw_betas makes of (beta, training, accuracy, sparsity)."""
+    from matplotlib.figure import Figure
+    figure = Figure()
+    evaluate.draw_betas(figure, {"split": "val", "models": [
+        {"budget": budget, "training": training, "mean_accuracy": accuracy, "sparsity_all": sparsity, "params": 1 - sparsity}
+        for budget, training, accuracy, sparsity in measured.values()]})
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    return legend, [{line.get_label(): line.get_xydata().tolist() for line in axes.lines
+                     if not line.get_label().startswith("_")} for axes in figure.axes], figure
+
+
+def test_measures_are_drawn_against_beta_a_line_for_each_way_of_training():
+    models = {"a": (0.5, "λ_PS = 1.0", 78, 0.46), "b": (0.25, "λ_PS = 1.0", 72, 0.69), "c": (0.25, "no sharing", 75, 0.36),
+              "d": (0.25, "λ_PS = 1.0", 70, 0.67)}
+    legend, (left, right), figure = lines(**models)
+    assert legend == ["λ_PS = 1.0", "no sharing"] and "accuracy on val" in figure.axes[0].get_title("left")
+    assert left == {"λ_PS = 1.0": [[0.25, 72], [0.25, 70], [0.5, 78]], "no sharing": [[0.25, 75]]}
+    np.testing.assert_allclose(right["λ_PS = 1.0"], [[0.25, 0.31], [0.25, 0.33], [0.5, 0.54]])
+    assert [[0.25, 71], [0.5, 78]] in [line.get_xydata().tolist() for line in figure.axes[0].lines]  # through the mean
+    legend, (left, _), figure = lines(**{name: (*row[:2], None, row[3]) for name, row in models.items()})
+    assert legend == ["λ_PS = 1.0", "no sharing", "ideal, 1 − β"] and "sparsity all" in figure.axes[0].get_title("left")
+    assert left["ideal, 1 − β"] == [[0, 100], [1, 0]]
+    np.testing.assert_allclose(left["λ_PS = 1.0"], [[0.25, 69], [0.25, 67], [0.5, 46]])
+
+
+def test_models_are_grouped_by_how_they_were_trained_if_that_is_known(tmp_path, monkeypatch):
+    says = {"": {}, "λ_PS = 1.0": {"sharing": 1.0, "lr": 1}, "no sharing": {"sharing": 0.0, "independent": False},
+            "no sharing, independent": {"sharing": 0.0, "independent": True},
+            "λ_PS = 0.5, recipe paper": {"sharing": 0.5, "recipe": "paper"}}
+    assert all(evaluate.training({"arguments": arguments}) == words for words, arguments in says.items())
+    assert evaluate.training({}) == evaluate.training({"arguments": None}) == ""
+    facts = [{"budget": 0.25, "arguments": {"sharing": 0.0}}, {"budget": 0.5}]
+    paths = [written(tmp_path / f"{i}.pt", by_hand(x=quarter(0)), **known) for i, known in enumerate(facts)]
+    run(monkeypatch, "--compare", *paths, "--picture", tmp_path / "p.png", "--json", tmp_path / "r.json")
+    assert [row["training"] for row in json.loads((tmp_path / "r.json").read_text())["models"]] == ["no sharing", ""]
+    assert (kinds(tmp_path / "p.png").shape) == (740, 1800)
+    written(paths[1], by_hand(x=quarter(0)))
+    with pytest.raises(InputError, match="1.pt does not say its budget"):
+        run(monkeypatch, "--compare", *paths, "--picture", tmp_path / "p.png")
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, MemoryError])
+def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(error, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def savefig(figure, target, **options):
+        target.write(b"half") if hasattr(target, "write") else Path(target).write_bytes(b"half")
+        raise error("no more")
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    (tmp_path / "old.png").write_text("the old one")
+    for name in ("old.png", "new.png"):
+        with pytest.raises((error, InputError)):
+            evaluate.write_picture(tmp_path / name, lambda figure: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.png"] and (tmp_path / "old.png").read_text() == "the old one"
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
+    model = written(tmp_path / "model.pt", by_hand(x=quarter(0)), budget=0.25)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.style", raising=False)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        run(monkeypatch, model, "--picture", tmp_path / "p.png")
