@@ -453,6 +453,16 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(error, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["old.png"] and (tmp_path / "old.png").read_text() == "the old one"
 
 
+def test_a_picture_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+    def full(*paths):
+        raise OSError("no space left")
+    monkeypatch.setattr("os.replace", full)
+    (tmp_path / "old.png").write_text("the old one")
+    with pytest.raises(InputError, match="cannot write .*old.png: no space left"):
+        evaluate.write_picture(tmp_path / "old.png", lambda figure: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.png"] and (tmp_path / "old.png").read_text() == "the old one"
+
+
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
     model = written(tmp_path / "model.pt", by_hand(x=quarter(0)), budget=0.25)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
