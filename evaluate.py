@@ -349,7 +349,7 @@ def training(facts):
         words.append(f"λ_PS = {arguments['sharing']}" if arguments["sharing"] else "no sharing")
     if arguments.get("sharing_loss", "intersection") != "intersection":
         words.append(str(arguments["sharing_loss"]))
-    if arguments.get("recipe"):
+    if (arguments.get("recipe") or "paper") != "paper":
         words.append(f"recipe {arguments['recipe']}")
     if arguments.get("independent"):
         words.append("independent")

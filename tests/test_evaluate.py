@@ -388,7 +388,7 @@ def test_channels_are_drawn_from_the_most_used_to_the_pruned(tmp_path):
 
 def test_ten_domains_with_long_names_stay_inside_the_picture(tmp_path):
     network = by_hand(28, 1, **{f"{domain}-with-a-name": quarter(i % 4) for i, domain in enumerate(TEN)})
-    facts = {"budget": 0.25, "arguments": {"sharing": 1.0, "recipe": "paper", "independent": True}}
+    facts = {"budget": 0.25, "arguments": {"sharing": 1.0, "recipe": "held", "independent": True}}
     evaluate.write_picture(tmp_path / "p.png", lambda figure: evaluate.draw_channels(figure, network, facts))
     with Image.open(tmp_path / "p.png") as image:
         pixels = np.asarray(image.convert("L"))
@@ -425,7 +425,8 @@ def test_measures_are_drawn_against_beta_a_line_for_each_way_of_training():
 def test_models_are_grouped_by_how_they_were_trained_if_that_is_known(tmp_path, monkeypatch):
     says = {"": {}, "λ_PS = 1.0": {"sharing": 1.0, "lr": 1}, "no sharing": {"sharing": 0.0, "independent": False},
             "no sharing, independent": {"sharing": 0.0, "independent": True},
-            "λ_PS = 0.5, recipe paper": {"sharing": 0.5, "recipe": "paper"}}
+            "λ_PS = 0.5": {"sharing": 0.5, "recipe": "paper", "sharing_loss": "intersection"},
+            "λ_PS = learned, union, recipe held": {"sharing": "learned", "recipe": "held", "sharing_loss": "union"}}
     assert all(evaluate.training({"arguments": arguments}) == words for words, arguments in says.items())
     assert evaluate.training({}) == evaluate.training({"arguments": None}) == ""
     facts = [{"budget": 0.25, "arguments": {"sharing": 0.0}}, {"budget": 0.5}]
