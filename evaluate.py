@@ -346,7 +346,8 @@ def training(facts):
     """What tells groups of models apart, in a few words, from the arguments train.py was given; "" if they are unknown."""
     arguments, words = facts.get("arguments") or {}, []
     if "sharing" in arguments:
-        words.append(f"λ_PS = {arguments['sharing']}" if arguments["sharing"] else "no sharing")
+        pulled = f"pull {arguments['pull']}" if arguments.get("pull") else "no sharing"  # pulled together is shared too
+        words.append(f"λ_PS = {arguments['sharing']}" if arguments["sharing"] else pulled)
     if arguments.get("sharing_loss", "intersection") != "intersection":
         words.append(str(arguments["sharing_loss"]))
     if (arguments.get("recipe") or "paper") != "paper":
