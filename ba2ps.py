@@ -272,14 +272,30 @@ def budget_loss(switches, budget, multiplier):
     return F.relu(multiplier * (switches.mean() - budget))
 
 
-def sharing_loss(switches, budget, weight=1.0):
-    """max(0, lambda_PS (1 - |s_1 & ... & s_N| / (M beta))) (Eq. 5).
+def sharing_loss(switches, budget, weight=1.0, form="intersection"):
+    """What the domains lose by not using the same channels: max(0, lambda_PS * excess), the excess by `form`.
+
+        intersection    1 - |s_1 & ... & s_N| / (M beta)                   (Eq. 5)
+        union           |s_1 or ... or s_N| / (M beta) - 1                 (the authors' journal version, arXiv 2309.11464)
+        jaccard         1 - |s_1 & ... & s_N| / |s_1 or ... or s_N|        (the same)
 
     switches: (N, M) the binary switches of all domains, none detached: with the other domains detached the paper saw
-    no sharing at all (supplement A). The intersection is the sum over switches of the product over domains.
+    no sharing at all (supplement A). The intersection is the sum over switches of the product over domains, the union
+    that of 1 - product of 1 - s; a domain's gradient is zero where two others are off, or where another one is on.
     """
-    intersection = switches.prod(dim=0).sum()
-    return F.relu(weight * (1 - intersection / (switches.shape[1] * budget)))
+    return F.relu(weight * sharing_excess(switches, budget, form))
+
+
+def sharing_excess(switches, budget, form="intersection"):
+    """The bracket of sharing_loss, a scalar: at most 0 where the domains share as much as the budget lets them."""
+    if form == "intersection":
+        return 1 - switches.prod(dim=0).sum() / (switches.shape[1] * budget)
+    union = (1 - (1 - switches).prod(dim=0)).sum()
+    if form == "union":
+        return union / (switches.shape[1] * budget) - 1
+    if form == "jaccard":
+        return 1 - switches.prod(dim=0).sum() / union
+    raise ValueError(f"sharing loss {form!r} is none of intersection, union, jaccard")
 
 
 class KKTMultiplier:
@@ -301,6 +317,51 @@ class KKTMultiplier:
 
     def load_state_dict(self, state):
         self.lr, self.value = state["lr"], state["value"]
+
+
+@torch.no_grad()
+def distinct_switches(network, domains):
+    """Scale the real switches of `domains` by the norm of the weights they switch, so that no two of a layer are equal.
+
+    With equal ones Adam, which moves each by about its rate, takes crowds through zero together; and a budget that is
+    held exactly needs an order. The norms of a layer are taken relative to their mean.
+    """
+    for layer in switched_layers(network).values():
+        norms = layer.weight.flatten(2).norm(dim=(0, 2))  # (C_in,)
+        for domain in domains:
+            layer.switches[domain].mul_(norms / norms.mean())
+
+
+@torch.no_grad()
+def hold_budget(network, domain, budget):
+    """Shift the real switches of `domain`, all by one number, so that floor(beta M) of them are on, the largest ones.
+
+    The exact form of what the multiplier of the budget loss does slowly: its gradient is the same for every switch, so
+    that it too moves them all by one number. The strongest switch of a layer stays on and counts. Of switches that are
+    exactly equal all go off together: there may be fewer on than the budget allows, never more.
+    """
+    real = [layer.switches[domain] for layer in switched_layers(network).values()]
+    strongest = torch.cat([switches == switches.max() for switches in real])          # (M,)
+    others = torch.cat(real)[~strongest].sort(descending=True).values
+    left = int(budget * len(strongest) + 1e-6) - int(strongest.sum())                 # of the others, how many may be on
+    others = torch.cat([others, others[-1:] - 2e-3])                                  # a bound below the last one
+    left = min(max(left, 0), len(others) - 1)
+    shift = (others[left] + others[left - 1]) / 2 if left else others[0]
+    for switches in real:
+        switches.sub_(shift)
+
+
+@torch.no_grad()
+def pull_together(network, domains, share):
+    """Move the real switches of `domains` by `share` (0 to 1) of the way to their mean over the domains.
+
+    At 1 the domains have the same switches. Unlike the gradient of the intersection, which is zero wherever two domains
+    are off, it acts on every channel; like decoupled weight decay it goes past Adam's scaling of the gradients.
+    """
+    for layer in switched_layers(network).values():
+        mean = torch.stack([layer.switches[domain] for domain in domains]).mean(0)
+        for domain in domains:
+            layer.switches[domain].lerp_(mean, share)
 
 
 @torch.no_grad()

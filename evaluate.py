@@ -131,10 +131,10 @@ class Images(Dataset):
             self.kept[i] = image
         return image, self.labels[i]
 
-    def batches(self, order, batch_size, workers=0):
-        """Lists of (uint8 image, label), `batch_size` at a time, in the order of the indices `order`."""
+    def batches(self, batches, workers=0):
+        """Lists of (uint8 image, label), one for each of `batches`: sequences of indices, tensors too."""
         workers = 0 if self.kept is not None else workers
-        for items in DataLoader(self, batch_size, sampler=order, collate_fn=list, num_workers=workers):
+        for items in DataLoader(self, batch_sampler=[[int(i) for i in batch] for batch in batches], collate_fn=list, num_workers=workers):
             for item in items:
                 if isinstance(item, InputError):
                     raise item
@@ -163,10 +163,10 @@ def describe(root, domain, image_size, no_mirror=()):
     if domain in MEAN_STD:
         mean, std = MEAN_STD[domain]
     else:  # measured; 5,000 images pin a mean to about 0.001
-        chosen = range(0, len(images), max(1, len(images) // 5000))
+        chosen = torch.arange(0, len(images), max(1, len(images) // 5000))
         sums = torch.zeros(2, 3, dtype=torch.float64)
         pixels = 0
-        for items in images.batches(chosen, 256):
+        for items in images.batches(chosen.split(256)):
             for image, _ in items:
                 flat = image.flatten(1).double() / 255
                 sums += torch.stack([flat.sum(1), flat.square().sum(1)])
@@ -222,7 +222,7 @@ def predict(network, domain, record, images, crops=None, batch_size=32, device="
     crops = crops or (10 if record["mirror"] else 5)
     network.eval()
     out = []
-    for items in images.batches(range(len(images)), batch_size, workers):
+    for items in images.batches(torch.arange(len(images)).split(batch_size), workers):
         x = normalise(test_crops([image for image, _ in items], images.crop, crops), record, device)
         logits = network(x.flatten(0, 1), domain)                         # (B * crops, classes)
         out.append(logits.softmax(1).unflatten(0, (-1, crops)).mean(1).cpu())  # (B, classes)

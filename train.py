@@ -8,6 +8,7 @@
 Leaves backbone.pt, model.pt and log.csv in --out. `adapt` below is the method.
 """
 import argparse
+import copy
 import csv
 import json
 import math
@@ -23,76 +24,139 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 import ba2ps
 from ba2ps import InputError
 from evaluate import (Images, accuracy, check_device, describe, load_model, predict, progress_line, stop,
-                      training_batch)
+                      training_batch, write_json)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the method: domains in round robin; cross-entropy + budget + sharing; two optimizers and a multiplier per domain
 
-def adapt(network, facts, train, val, args, log):
-    """Train what the domains of `network` own, all else frozen. train, val: {domain: Images}, val None for no accuracy."""
-    domains, device = network.domains, args.device
+def adapt(network, domains, facts, train, val, args, log):
+    """Train what `domains` own, all else frozen. train, val: {domain: Images}, val[domain] None for no accuracy."""
     network.freeze_backbone()
+    if args.adapt == "all":
+        network.requires_grad_(True)
     owned = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    switches = [p for name, p in owned.items() if ".switches." in name]
+    switches = [layer.switches[domain] for layer in ba2ps.switched_layers(network).values() for domain in domains]
+    for parameter in switches:
+        parameter.requires_grad_(args.adapt == "switches")
     weights = [p for name, p in owned.items() if ".switches." not in name]  # batch-norm and classifiers
     weight_optimizer = torch.optim.SGD(weights, lr=args.lr, momentum=0.9)
     switch_optimizer = torch.optim.Adam(switches, lr=args.switch_lr)
-    schedules = [torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.milestone], gamma=0.1)
-                 for optimizer in (weight_optimizer, switch_optimizer)]
+    rates = [torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.milestone], gamma=0.1)
+             for optimizer in (weight_optimizer, switch_optimizer)]
     multipliers = {domain: ba2ps.KKTMultiplier(args.multiplier_lr) for domain in domains}
+    sharing = ba2ps.KKTMultiplier(args.multiplier_lr if args.sharing == "learned" else 0, 0.0 if args.sharing == "learned" else args.sharing)
     order = torch.Generator().manual_seed(args.seed)  # of domains, images, crops and mirroring
-    progress = progress_line(args.epochs * sum(map(len, train.values())), "adapting")
+    progress = progress_line(args.epochs * sum(len(train[domain]) for domain in domains), "adapting")
 
-    losses = dict.fromkeys(domains, math.nan)
     for epoch in range(1, args.epochs + 1):
         losses = dict.fromkeys(domains, 0.0)
-        for turn in torch.randperm(len(domains), generator=order).tolist():  # an epoch of each domain, in random order
-            domain = domains[turn]
-            record, images = facts["domains"][domain], train[domain]
-            network.train()
-            for items in images.batches(torch.randperm(len(images), generator=order).tolist(), args.batch_size, args.workers):
-                x, y = training_batch(items, args.image_size, record, order, device)         # (B, 3, S, S), (B,)
-                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.precision == "bf16"):
+        network.train()
+        settled = epoch - 1 >= args.settle * args.epochs
+        if settled:
+            for parameter in switches:
+                parameter.requires_grad_(False)
+        plan = schedule(args.schedule, {domain: len(train[domain]) for domain in domains}, args.batch_size, order)
+        feeds = {domain: train[domain].batches([part[domain] for part in plan if domain in part], args.workers)
+                 for domain in domains}
+        for step, part in enumerate(plan):  # part: {domain: indices of its images}, of one domain or, mixed, of several
+            done = (epoch - 1 + (step + 1) / len(plan)) / args.epochs
+            budget = args.budget + (1 - args.budget) * max(0.0, 1 - done / args.shrink) if args.shrink else args.budget
+            loss, size = 0.0, sum(map(len, part.values()))
+            for domain in part:
+                items, record = next(feeds[domain]), facts["domains"][domain]
+                x, y = training_batch(items, args.image_size, record, order, device=args.device)  # (B, 3, S, S), (B,)
+                with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
                     logits = network(x, domain)
                 task = F.cross_entropy(logits.float(), y)
+                loss = loss + task * (len(items) / size)
+                losses[domain] += task.item() * len(items) / len(train[domain])
+            own = ba2ps.binary_switches(network, list(part))                                 # (domains of the batch, M)
+            for domain, s in zip(part, own):
+                loss = loss + ba2ps.budget_loss(s, budget, multipliers[domain].value)
+            if sharing.value or sharing.lr:
                 # without sharing the other domains get no gradient at all: a zero one would let Adam's momentum move them
-                together = domains if args.sharing else [domain]
-                s = ba2ps.binary_switches(network, together)                                 # (N, M)
-                own = s[together.index(domain)]                                              # (M,)
-                loss = (task + ba2ps.budget_loss(own, args.budget, multipliers[domain].value)
-                        + ba2ps.sharing_loss(s, args.budget, args.sharing))
-                if not math.isfinite(loss.item()):
-                    raise InputError(f"the loss of {domain} is {loss.item()} in epoch {epoch}: lower --lr or --switch-lr")
+                others = [domain for domain in domains if domain not in part]
+                with torch.set_grad_enabled(args.share_to == "all"):
+                    s = torch.cat([own, ba2ps.binary_switches(network, others)]) if others else own  # (N, M)
+                loss = loss + ba2ps.sharing_loss(s, budget, sharing.value, args.sharing_loss)
+                sharing.update(ba2ps.sharing_excess(s.detach(), budget, args.sharing_loss).item(), 0)
+            if not math.isfinite(loss.item()):
+                raise InputError(f"the loss of {domain} is {loss.item()} in epoch {epoch}: lower --lr or --switch-lr")
 
-                weight_optimizer.zero_grad()
-                switch_optimizer.zero_grad()
-                loss.backward()
-                weight_optimizer.step()
+            weight_optimizer.zero_grad()
+            switch_optimizer.zero_grad()
+            loss.backward()
+            weight_optimizer.step()
+            if not settled:
                 switch_optimizer.step()
-                multipliers[domain].update(own.mean().item(), args.budget)
-                losses[domain] += task.item() * len(items) / len(images)
-                progress(len(items))
-        for schedule in schedules:
-            schedule.step()
-        report(network, facts, val, args, log, epoch, losses, multipliers)
+                if args.pull:
+                    ba2ps.pull_together(network, domains, args.pull)
+                if args.hold and budget < 1:
+                    for domain in domains:
+                        ba2ps.hold_budget(network, domain, budget)
+            for domain, s in zip(part, own):
+                multipliers[domain].update(s.mean().item(), budget)
+            progress(size)
+        for rate in rates:
+            rate.step()
+        report(network, domains, facts, val, args, log, epoch, losses, multipliers)
 
     if not args.bn_as_trained:
         for domain in domains:
             record, images = facts["domains"][domain], train[domain]
-            shuffled = torch.randperm(len(images), generator=order).tolist()
+            shuffled = torch.randperm(len(images), generator=order).split(128)
             ba2ps.reestimate_batch_norm(network, domain, (
-                training_batch(items, args.image_size, record, order, device)[0]
-                for items in images.batches(shuffled, 128, args.workers)))
+                training_batch(items, args.image_size, record, order, args.device)[0]
+                for items in images.batches(shuffled, args.workers)))
         print("batch-norm statistics re-estimated for the final switches:")
-        report(network, facts, val, args, log, "final", losses, multipliers)
-    facts["multipliers"] = {domain: multiplier.state_dict() for domain, multiplier in multipliers.items()}
+        report(network, domains, facts, val, args, log, "final", losses, multipliers)
+    facts.setdefault("multipliers", {}).update({domain: multipliers[domain].state_dict() for domain in domains})
 
 
-def report(network, facts, val, args, log, epoch, losses, multipliers):
+def fine_tune(network, domains, facts, train, val, args, log, out):
+    """A network of its own for every domain, all weights trained: {domain}.pt, and their accuracies, the baseline of S."""
+    baseline = {}
+    for domain in domains:
+        alone, record = copy.deepcopy(network), facts["domains"][domain]
+        alone.add_domain(domain, len(record["classes"]))
+        adapt(alone, [domain], facts, train, val, args, log)
+        baseline[domain] = accuracy(predict(alone, domain, record, val[domain], None, 32, args.device, args.workers), val[domain])
+        alone.remove_domain(args.source)  # its weights are no longer the backbone's
+        ba2ps.save(out / f"{domain}.pt", alone, **{**facts, "domains": {domain: record}, "budget": 1.0, "arguments": vars(args)})
+        print(f"saved {out / domain}.pt: {baseline[domain]:.2f}% on val")
+    write_json(out / "baseline.json", baseline)
+    print(f"saved {out / 'baseline.json'}; next: python evaluate.py MODEL --data {args.data} --baseline {out / 'baseline.json'}")
+
+
+def schedule(name, sizes, batch_size, order):
+    """The steps of one epoch, in which every image is seen once: a list of {domain: indices of its images}.
+
+    epoch: an epoch of each domain, in random order; batch: a batch of one domain after that of another, spread evenly
+    over the epoch; mixed: batches drawn from all domains together (supplement A). sizes: {domain: number of images}.
+    """
+    images = {domain: torch.randperm(size, generator=order) for domain, size in sizes.items()}
+    if name == "mixed":
+        everything = [(domain, i) for domain in sizes for i in range(sizes[domain])]
+        steps = []
+        for batch in torch.randperm(len(everything), generator=order).split(batch_size):
+            steps.append({})
+            for domain, i in sorted(everything[j] for j in batch):
+                steps[-1].setdefault(domain, []).append(i)
+        return steps
+    batches = {domain: [{domain: part.tolist()} for part in images[domain].split(batch_size)] for domain in sizes}
+    if name == "epoch":
+        turns = [list(sizes)[i] for i in torch.randperm(len(sizes), generator=order)]
+        return [batch for domain in turns for batch in batches[domain]]
+    when = [((i + 0.5) / len(batches[domain]), k, batch) for k, domain in enumerate(sizes)
+            for i, batch in enumerate(batches[domain])]
+    return [batch for _, _, batch in sorted(when, key=lambda entry: entry[:2])]
+
+
+def report(network, domains, facts, val, args, log, epoch, losses, multipliers):
     """One line on the screen and a row per domain in the log; accuracies are those of the centre crop."""
-    shared, (_, sparsity_all) = ba2ps.intersection(network), ba2ps.sparsity(network)
+    shared, (_, sparsity_all) = ba2ps.intersection(network, domains), ba2ps.sparsity(network, domains)
     cells = []
-    for domain in network.domains:
+    for domain in domains:
         on, correct = ba2ps.usage(network, domain), validate(network, facts, val, domain, args)
         cells.append(f"{domain} {losses[domain]:.2f} {'-' if correct is None else format(correct, '.1f')}% on {on:.2f}")
         log.row(phase="adapt", epoch=epoch, domain=domain, loss=losses[domain], val_accuracy=correct, usage=on,
@@ -124,7 +188,7 @@ def train_backbone(network, facts, train, val, args, log):
     for epoch in range(1, args.backbone_epochs + 1):
         network.train()
         total = 0.0
-        for items in train.batches(torch.randperm(len(train), generator=order).tolist(), 64, args.workers):
+        for items in train.batches(torch.randperm(len(train), generator=order).split(64), args.workers):
             x, y = training_batch(items, args.image_size, record, order, args.device)
             with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
                 logits = network(x, source)
@@ -160,6 +224,15 @@ class Log:
 # ---------------------------------------------------------------------------------------------------------------------
 # the script
 
+def number_or_learned(word):
+    return word if word == "learned" else float(word)
+
+
+RECIPES = {  # what --recipe sets; a flag that is given goes first
+    "paper": {},
+    "held": {"sharing": 0.0, "schedule": "batch", "hold": True, "pull": 1.0, "shrink": 0.5, "settle": 0.7, "distinct": True}}
+
+
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = stop
@@ -175,28 +248,73 @@ def parse():
     add("--widen-factor", type=int, default=4)
     add("--image-size", type=int, default=64, help="of the crop; images are resized to 9/8 of it")
     add("--budget", type=float, default=0.5, help="beta: largest share of the switches that a domain may have on")
-    add("--sharing", type=float, default=1.0, help="lambda_PS; 0 is BA2")
+    add("--sharing", type=number_or_learned, default=1.0, metavar="LAMBDA",
+        help="lambda_PS; 0 is BA2; learned: raised while the domains share too little, like lambda_d of the budget")
+    add("--sharing-loss", default="intersection", choices=["intersection", "union", "jaccard"])
+    add("--share-to", default="all", choices=["all", "current"], help="whose switches get the sharing loss's gradient")
+    add("--schedule", default="epoch", choices=["epoch", "batch", "mixed"],
+        help="an epoch of each domain, one batch of each, or mixed batches")
+    add("--independent", action="store_true", help="train every domain alone: with --sharing 0, BA2 as published")
+    add("--adapt", default="switches", choices=["switches", "classifier", "all"],
+        help="classifier: batch-norm and classifier alone, all channels on; all: fine-tune a network per domain")
+    add("--start-from", metavar="MODEL", help="a model.pt to go on from: its switches, batch-norm and classifiers")
+    add("--hold", action="store_true", help="shift the switches after every step so that the budget is used and never broken")
+    add("--pull", type=float, default=0.0, metavar="SHARE", help="of the way to the domains' mean that switches go each step")
+    add("--shrink", type=float, default=0.0, metavar="SHARE", help="of the epochs in which the budget goes from 1 to beta")
+    add("--settle", type=float, default=1.0, metavar="SHARE", help="of the epochs after which the switches stay as they are")
+    add("--distinct", action="store_true", help="start switches in proportion to the norm of their weights, not all equal")
     add("--epochs", type=int, default=60)
     add("--milestone", type=int, default=45, help="epoch after which both rates are divided by 10")
     add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=1e-3, help="SGD, of batch-norm and classifiers")
     add("--switch-lr", type=float, default=1e-4, help="Adam, of the switches")
+    add("--recipe", default="paper", choices=list(RECIPES), help="RECIPE")
     add("--multiplier-lr", type=float, default=0.3, help="step of the KKT multiplier, times the excess over the budget")
     add("--bn-as-trained", action="store_true", help="do not re-estimate batch-norm statistics for the final switches")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=int, default=2, help="processes that decode domains too large to be kept in memory")
-    add("--out", metavar="DIR", help="default: runs/{source}-beta{budget}-sharing{sharing}-seed{seed}")
+    add("--out", metavar="DIR", help="default: runs/{source}-{every flag of the method that is not the paper's}")
+    parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
+    if args.adapt != "switches":
+        args.budget, args.sharing, args.hold, args.pull = 1.0, 0.0, False, 0.0  # every channel is on
     if not 0 < args.budget <= 1:
         raise InputError(f"--budget {args.budget:g} is outside (0, 1]: it is the share of switches a domain may have on")
-    for flag, least in (("sharing", 0), ("lr", 0), ("switch_lr", 0), ("multiplier_lr", 0), ("backbone_epochs", 0),
-                        ("epochs", 0), ("milestone", 1), ("batch_size", 1), ("image_size", 16), ("workers", 0)):
-        if not least <= getattr(args, flag) < math.inf:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range: give {least} or more")
+    for flag, least, most in (
+            ("sharing", 0, math.inf), ("lr", 0, math.inf), ("switch_lr", 0, math.inf), ("multiplier_lr", 0, math.inf),
+            ("backbone_epochs", 0, math.inf), ("epochs", 0, math.inf), ("milestone", 1, math.inf), ("workers", 0, math.inf),
+            ("batch_size", 1, math.inf), ("image_size", 16, math.inf), ("pull", 0, 1), ("shrink", 0, 1), ("settle", 0, 1)):
+        value = getattr(args, flag)
+        if value != "learned" and not (least <= value <= most and math.isfinite(value)):
+            raise InputError(f"--{flag.replace('_', '-')} {value} is out of range: give {least} "
+                             f"{'or more' if most == math.inf else f'to {most}'}")
+    if args.shrink > args.settle:
+        raise InputError(f"--shrink {args.shrink:g} ends after --settle {args.settle:g}: the switches would stay over budget")
+    if args.independent and args.sharing:
+        raise InputError(f"--independent trains every domain alone, --sharing {args.sharing} needs all: give --sharing 0")
+    if args.backbone and args.start_from:
+        raise InputError("--backbone and --start-from: give one, a model holds its backbone")
+    if args.adapt == "all" and (args.start_from or "val" in args.splits):
+        raise InputError("--adapt all starts from a --backbone and measures its baseline on val: leave out "
+                         f"{'--start-from' if args.start_from else '--splits val'}")
     check_device(args.device)
     return args
+
+
+def run_name(args):
+    """A directory of its own for every experiment: source, budget, sharing, seed and what differs from the paper's recipe."""
+    words = [args.source, f"beta{args.budget:g}", f"sharing{args.sharing}"]
+    words += [args.recipe] * (args.recipe != "paper") + [f"adapt-{args.adapt}"] * (args.adapt != "switches")
+    given = RECIPES[args.recipe]
+    for flag, usual in (("sharing_loss", "intersection"), ("share_to", "all"), ("schedule", "epoch"), ("independent", False),
+                        ("start_from", None), ("hold", False), ("pull", 0.0), ("shrink", 0.0), ("settle", 1.0),
+                        ("distinct", False)):
+        value = getattr(args, flag)
+        if value != given.get(flag, usual):
+            words.append(flag.replace("_", "-") + ("" if value is True else str(value).replace("/", "_")))
+    return "-".join([*words, f"seed{args.seed}"])
 
 
 def main():
@@ -210,16 +328,20 @@ def main():
         args.source = args.source or "shapes"
         args.no_mirror = args.no_mirror or ["strokes", "signs", "digits"]
 
-    # the network: a backbone that is given, or a new one
-    if args.backbone:
-        network, facts = load_model(args.backbone)
-        if network.domains or network.source not in network.classifiers:
-            raise InputError(f"--backbone {args.backbone} is an adapted model: give the backbone.pt of its run")
-        for flag, value in (("source", network.source), ("depth", network.depth), ("widen_factor", network.widen_factor),
+    # the network: a backbone or a model that is given, or a new one
+    given, flag = (args.backbone, "--backbone") if args.backbone else (args.start_from, "--start-from")
+    if given:
+        network, facts = load_model(given)
+        if args.backbone and (network.domains or network.source not in network.classifiers):
+            raise InputError(f"--backbone {given} is an adapted model: give the backbone.pt of its run, or --start-from")
+        if args.start_from and (not network.domains or network.source not in network.classifiers
+                                or not all(layer.kept.all() for layer in ba2ps.switched_layers(network).values())):
+            raise InputError(f"--start-from {given} is a backbone or pruned: give the model.pt of a run of train.py")
+        for name, value in (("source", network.source), ("depth", network.depth), ("widen_factor", network.widen_factor),
                             ("image_size", facts["image_size"])):
-            if getattr(args, flag) not in (None, value):
-                raise InputError(f"--backbone {args.backbone} has --{flag.replace('_', '-')} {value}, not "
-                                 f"{getattr(args, flag)}: give the same, or another backbone")
+            if getattr(args, name) not in (None, value):
+                raise InputError(f"{flag} {given} has --{name.replace('_', '-')} {value}, not "
+                                 f"{getattr(args, name)}: give the same, or another {flag}")
         args.source = network.source
     else:
         args.source = args.source or "imagenet12"
@@ -238,9 +360,9 @@ def main():
     if len({*domains, args.source}) <= len(domains):
         raise InputError(f"--domains {' '.join(domains)}: give each once, and not the source {args.source}")
     train, val = {}, {}
-    for domain in domains if args.backbone else [args.source, *domains]:
+    for domain in domains if given else [args.source, *domains]:
         ba2ps.check_name(domain)
-        if domain != args.source:
+        if domain not in facts["domains"]:
             facts["domains"][domain] = describe(args.data, domain, args.image_size, args.no_mirror)
         ids = facts["domains"][domain]["category_ids"]
         train[domain] = Images(args.data, domain, args.splits, args.image_size, ids)
@@ -248,7 +370,7 @@ def main():
         for images in filter(None, (train[domain], val[domain])):
             if not images.labelled:
                 raise InputError(f"{domain} has no labels in split {' '.join(images.splits)}: training needs them")
-    out = Path(args.out or f"runs/{args.source}-beta{args.budget:g}-sharing{args.sharing:g}-seed{args.seed}")
+    out = Path(args.out or "runs/" + run_name(args))
     try:
         out.mkdir(parents=True, exist_ok=True)
         log = Log(out / "log.csv")
@@ -256,15 +378,24 @@ def main():
         raise InputError(f"--out {out} cannot be written: {error}") from None
 
     print(f"WRN-{network.depth}-{network.widen_factor}, source {args.source}, on {args.device}; adapting to "
-          f"{', '.join(domains)} at beta = {args.budget:g}, lambda_PS = {args.sharing:g}; writing to {out}", flush=True)
+          f"{', '.join(domains)} at beta = {args.budget:g}, lambda_PS = {args.sharing}; writing to {out}", flush=True)
     network.to(args.device, memory_format=torch.channels_last)
-    if not args.backbone:
+    if not given:
         source_facts = {**facts, "domains": {args.source: facts["domains"][args.source]}, "arguments": vars(args)}
         train_backbone(network, facts, train.pop(args.source), val, args, log)
         ba2ps.save(out / "backbone.pt", network, **source_facts)
+    for domain in set(network.domains) - set(domains):
+        network.remove_domain(domain)
+    facts["domains"] = {domain: facts["domains"][domain] for domain in (args.source, *domains)}
+    if args.adapt == "all":
+        return fine_tune(network, domains, facts, train, val, args, log, out)
     for domain in domains:
-        network.add_domain(domain, len(facts["domains"][domain]["classes"]))
-    adapt(network, facts, train, val, args, log)
+        if domain not in network.domains:
+            network.add_domain(domain, len(facts["domains"][domain]["classes"]))
+            if args.distinct:
+                ba2ps.distinct_switches(network, [domain])
+    for group in [[domain] for domain in domains] if args.independent else [domains]:
+        adapt(network, group, facts, train, val, args, log)
     facts.update(budget=args.budget, arguments=vars(args))
     ba2ps.save(out / "model.pt", network, **facts)
     print(f"saved {out / 'model.pt'}; next: python evaluate.py {out / 'model.pt'} --data {args.data}")

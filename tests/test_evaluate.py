@@ -109,7 +109,7 @@ def write_domain(root, domain="animals", names=("cat", "dog", "emu"), per_class=
 def test_labels_come_from_category_ids_whatever_the_folders_and_the_order(tmp_path):
     images = evaluate.Images(write_domain(tmp_path), "animals", ["train", "val"], 32)
     assert images.classes == ["cat", "dog", "emu"] and images.category_ids == [7, 17, 27] and len(images) == 24
-    for items in images.batches(range(24), 8):
+    for items in images.batches(torch.arange(24).split(8)):
         for image, label in items:
             assert image.dtype == torch.uint8 and round((image.float().mean().item() - 40) / 80) == label
     test = evaluate.Images(tmp_path, "animals", ["test"], 32, [7, 17, 27])
@@ -122,12 +122,12 @@ def test_worker_processes_read_the_same_images(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "KEEP", 0)
     streamed = evaluate.Images(tmp_path, "animals", ["train"], 32)
     assert streamed.kept is None and kept.kept is not None
-    for a, b in zip(kept.batches([5, 3, 0, 1], 2), streamed.batches([5, 3, 0, 1], 2, workers=2)):
+    for a, b in zip(kept.batches([[5, 3], [0, 1]]), streamed.batches([[5, 3], [0, 1]], workers=2)):
         assert [label for _, label in a] == [label for _, label in b]
         assert all(torch.equal(x, y) for (x, _), (y, _) in zip(a, b))
     (tmp_path / streamed.paths[3]).write_bytes(b"\xff\xd8 cut")
     with pytest.raises(InputError, match=streamed.paths[3].name) as error:
-        list(streamed.batches([3], 1, workers=1))
+        list(streamed.batches([[3]], workers=1))
     assert "\n" not in str(error.value)
 
 
