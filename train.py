@@ -118,6 +118,7 @@ def fine_tune(network, domains, facts, train, val, args, log, out):
     baseline = {}
     for domain in domains:
         alone, record = copy.deepcopy(network), facts["domains"][domain]
+        torch.manual_seed(args.seed)
         alone.add_domain(domain, len(record["classes"]))
         adapt(alone, [domain], facts, train, val, args, log)
         baseline[domain] = accuracy(predict(alone, domain, record, val[domain], None, 32, args.device, args.workers), val[domain])
@@ -391,6 +392,7 @@ def main():
         return fine_tune(network, domains, facts, train, val, args, log, out)
     for domain in domains:
         if domain not in network.domains:
+            torch.manual_seed(args.seed)  # a domain starts alike whatever other domains there are
             network.add_domain(domain, len(facts["domains"][domain]["classes"]))
             if args.distinct:
                 ba2ps.distinct_switches(network, [domain])

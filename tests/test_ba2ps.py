@@ -146,18 +146,21 @@ def test_budget_loss_and_its_gradient_by_hand():
     assert under.item() == 0 and s.grad.tolist() == [0] * 4
 
 
-def test_sharing_loss_against_finite_differences_of_its_relaxed_form():
+@pytest.mark.parametrize("form", ["intersection", "union", "jaccard"])
+def test_sharing_loss_against_a_loop_and_finite_differences_of_its_relaxed_form(form):
     s = torch.rand(3, 6, dtype=torch.float64).requires_grad_()  # the loss is smooth in s before it is made binary
-    value = ba2ps.sharing_loss(s, 0.5, 0.7)
+    value = ba2ps.sharing_loss(s, 0.25, 0.7, form)
     inner = sum(s[0, i] * s[1, i] * s[2, i] for i in range(6)).item()
-    assert value.item() == pytest.approx(0.7 * (1 - inner / (6 * 0.5)))
+    outer = sum(1 - (1 - s[0, i]) * (1 - s[1, i]) * (1 - s[2, i]) for i in range(6)).item()
+    excess = {"intersection": 1 - inner / (6 * 0.25), "union": outer / (6 * 0.25) - 1, "jaccard": 1 - inner / outer}[form]
+    assert value.item() == pytest.approx(0.7 * excess) and excess > 0
     value.backward()
     for k in range(3):
         for i in range(6):
             up, down = s.detach().clone(), s.detach().clone()
             up[k, i] += 1e-6
             down[k, i] -= 1e-6
-            slope = (ba2ps.sharing_loss(up, 0.5, 0.7) - ba2ps.sharing_loss(down, 0.5, 0.7)) / 2e-6
+            slope = (ba2ps.sharing_loss(up, 0.25, 0.7, form) - ba2ps.sharing_loss(down, 0.25, 0.7, form)) / 2e-6
             assert s.grad[k, i].item() == pytest.approx(slope.item(), rel=1e-6, abs=1e-9)
 
 
@@ -171,6 +174,15 @@ def test_sharing_loss_counts_the_intersection_and_reaches_all_domains():
     assert ba2ps.sharing_loss(s, 0.5).item() == 0  # the intersection fills the budget
 
 
+def test_union_and_jaccard_of_binary_switches_are_counts_and_no_more_than_needed_is_asked():
+    s = torch.tensor([[1.0, 1, 1, 0], [1, 0, 1, 0]])
+    assert ba2ps.sharing_loss(s, 0.5, 1.0, "union").item() == pytest.approx(3 / 2 - 1)
+    assert ba2ps.sharing_loss(s, 0.75, 1.0, "union").item() == 0  # the union is within the budget
+    assert ba2ps.sharing_loss(s, 0.5, 1.0, "jaccard").item() == pytest.approx(1 - 2 / 3)
+    with pytest.raises(ValueError, match="'both' is none of"):
+        ba2ps.sharing_loss(s, 0.5, 1.0, "both")
+
+
 def test_losses_through_the_network_reach_switches_that_are_off():
     net = network(2)
     s = ba2ps.binary_switches(net, net.domains)
@@ -180,6 +192,62 @@ def test_losses_through_the_network_reach_switches_that_are_off():
     total = s.shape[1]
     for layer in ba2ps.switched_layers(net).values():
         torch.testing.assert_close(layer.switches["d0"].grad, torch.full((layer.total_channels,), 2.0 / total))
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.25, 0.5, 0.977, 1.0])
+def test_a_held_budget_keeps_the_largest_switches_and_the_strongest_of_each_layer(budget):
+    net = network(2, share_on=0.3)
+    layers = list(ba2ps.switched_layers(net).values())
+    layers[2].switches["d0"].data -= 5  # would be switched off whole
+    layers[4].switches["d0"].data += 5
+    before = [layer.switches["d0"].detach().clone() for layer in layers]
+    other = [layer.switches["d1"].detach().clone() for layer in layers]
+    ba2ps.hold_budget(net, "d0", budget)
+    total = sum(map(len, before))
+    # independent: the first of every layer, then by value one after the other
+    chosen = {(k, int(values.argmax())) for k, values in enumerate(before)}
+    rest = sorted(((float(v), k, i) for k, values in enumerate(before) for i, v in enumerate(values)), reverse=True)
+    for _, k, i in rest:
+        if len(chosen) < int(budget * total + 1e-6):
+            chosen.add((k, i))
+    on = {(k, i) for k, layer in enumerate(layers) for i in layer.binary_switches(["d0"])[0].nonzero()[:, 0].tolist()}
+    assert on == chosen and len(on) == int(budget * total + 1e-6) and ba2ps.usage(net, "d0") <= budget
+    shifts = torch.cat([layer.switches["d0"].detach() - b for layer, b in zip(layers, before)])
+    assert (shifts - shifts[0]).abs().max() < 1e-5  # one number for all: their differences are those that were learned
+    assert all(torch.equal(layer.switches["d1"], o) for layer, o in zip(layers, other))
+
+
+def test_equal_switches_are_held_under_the_budget_not_over_it():
+    net = ba2ps.WideResNet(10, 1, "source", 3)
+    net.add_domain("d", 3)
+    with torch.no_grad():
+        for layer in ba2ps.switched_layers(net).values():
+            layer.switches["d"][::2] -= 1e-4  # two values, one of them in the way of half the budget
+    ba2ps.hold_budget(net, "d", 0.75)
+    assert ba2ps.usage(net, "d") == 0.5
+
+
+def test_distinct_switches_are_those_of_the_filters_norms():
+    net = ba2ps.WideResNet(10, 1, "source", 3)
+    net.add_domain("d", 3)
+    layer = net.block2[0].conv1
+    ba2ps.distinct_switches(net, ["d"])
+    norms = [sum(float(w) ** 2 for w in layer.weight[:, c].flatten()) ** 0.5 for c in range(layer.in_channels)]
+    mean = sum(norms) / len(norms)
+    assert layer.switches["d"].tolist() == pytest.approx([1e-3 * n / mean for n in norms], rel=1e-5)
+
+
+def test_pulling_together_moves_every_domain_to_the_mean_of_those_named():
+    net = network(3)
+    layer = net.block1[0].conv2
+    before = {d: s.detach().clone() for d, s in layer.switches.items()}
+    mean = (before["d0"] + before["d2"]) / 2
+    ba2ps.pull_together(net, ["d0", "d2"], 0.25)
+    torch.testing.assert_close(layer.switches["d0"].detach(), 0.75 * before["d0"] + 0.25 * mean)
+    assert torch.equal(layer.switches["d1"], before["d1"])
+    ba2ps.pull_together(net, ["d0", "d2"], 1)
+    torch.testing.assert_close(layer.switches["d2"].detach(), mean)
+    assert torch.equal(layer.switches["d0"], layer.switches["d2"]) and ba2ps.intersection(net, ["d0", "d2"]) == ba2ps.usage(net, "d0")
 
 
 def test_the_multiplier_rises_while_the_budget_is_broken_and_its_state_is_kept():

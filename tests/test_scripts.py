@@ -160,8 +160,8 @@ def test_sharing_moves_the_switches_of_all_domains_and_without_it_only_ones_own(
         assert bool((other != torch.tensor(1e-3)).any()) == moved
 
 
-@pytest.mark.parametrize("sharing, reached", [(1, 2), (0, 1)])
-def test_a_step_has_gradients_for_all_domains_or_for_its_own(sharing, reached, data, trained, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("sharing, to, reached", [(1, "all", 2), (0, "all", 1), (1, "current", 1), ("learned", "all", 2)])
+def test_a_step_has_gradients_for_all_domains_or_for_its_own(sharing, to, reached, data, trained, tmp_path, capsys, monkeypatch):
     """BA2: a gradient of zero would still move the other domains' switches, by Adam's momentum."""
     seen, step = set(), torch.optim.Adam.step
 
@@ -170,9 +170,106 @@ def test_a_step_has_gradients_for_all_domains_or_for_its_own(sharing, reached, d
         return step(optimizer, *args)
     monkeypatch.setattr(torch.optim.Adam, "step", counted)
     code, _, err = run("train.py", "--data", data, "--backbone", trained / "backbone.pt", *SMALL, "--epochs", "1",
-                       "--sharing", sharing, "--out", tmp_path, capsys=capsys)
+                       "--sharing", sharing, "--share-to", to, "--out", tmp_path, capsys=capsys)
     layers = len(ba2ps.switched_layers(ba2ps.load(tmp_path / "model.pt")[0]))
     assert code == 0 and seen == {reached * layers}, err
+
+
+@pytest.fixture
+def adapted(data, trained, tmp_path, capsys):
+    """A function that trains two domains for an epoch or more on the backbone of `trained`, and loads the model."""
+    def train(name, *words, given="--backbone", file=None):
+        code, _, err = run("train.py", "--data", data, given, file or trained / "backbone.pt", *SMALL, "--epochs", "1",
+                           "--batch-size", "4", "--lr", "1e-2", "--switch-lr", "1e-3", "--out", tmp_path / name, *words,
+                           capsys=capsys)
+        assert code == 0, err
+        return ba2ps.load(tmp_path / name / "model.pt") if (tmp_path / name / "model.pt").exists() else None
+    return train
+
+
+def owned(network, domain):
+    return {name: value for name, value in network.state_dict().items() if domain in name.split(".")}
+
+
+def test_independent_training_is_that_of_each_domain_alone(adapted):
+    both, _ = adapted("both", "--independent", "--sharing", "0")
+    alone, _ = adapted("alone", "--domains", "birds", "--sharing", "0")
+    cars, _ = adapted("cars", "--domains", "cars", "--sharing", "0")
+    together, _ = adapted("together", "--sharing", "0")
+    assert both.domains == ["birds", "cars"] and owned(both, "birds")
+    assert all(torch.equal(value, owned(both, "birds")[name]) for name, value in owned(alone, "birds").items())
+    assert all(torch.equal(value, owned(both, "cars")[name]) for name, value in owned(cars, "cars").items())
+    assert any(not torch.equal(value, owned(both, "birds")[name]) for name, value in owned(together, "birds").items())
+
+
+@pytest.mark.parametrize("schedule", ["batch", "mixed"])
+def test_other_schedules_and_forms_train(adapted, schedule):
+    usual, _ = adapted("usual", "--budget", "0.25")
+    other, facts = adapted("other", "--budget", "0.25", "--schedule", schedule, "--sharing-loss", "jaccard")
+    assert facts["arguments"]["schedule"] == schedule
+    assert any(not torch.equal(a, b) for a, b in zip(usual.state_dict().values(), other.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", ["epoch", "batch", "mixed"])
+def test_every_schedule_shows_every_image_once_an_epoch(name):
+    import train
+    sizes = {"a": 21, "b": 8, "c": 3}
+    plan = train.schedule(name, sizes, 4, torch.Generator().manual_seed(1))
+    seen = sorted((domain, i) for step in plan for domain, images in step.items() for i in images)
+    assert seen == [(domain, i) for domain, size in sizes.items() for i in range(size)]
+    assert max(sum(map(len, step.values())) for step in plan) == 4
+    turns = [next(iter(step)) for step in plan]
+    if name == "mixed":
+        assert len(plan) == 8 and any(len(step) > 1 for step in plan)
+    elif name == "epoch":
+        assert len(plan) == 6 + 2 + 1 and sum(a != b for a, b in zip(turns, turns[1:])) == 2
+    else:
+        assert len(plan) == 6 + 2 + 1 and turns.index("c") == 4
+        positions = [i for i, domain in enumerate(turns) if domain == "b"]
+        assert positions[0] < 4 < positions[1]  # spread over the epoch, not one after the other
+    assert plan != train.schedule(name, sizes, 4, torch.Generator().manual_seed(2))
+
+
+def test_the_classifier_baseline_leaves_every_channel_on(adapted, data, tmp_path, capsys):
+    network, facts = adapted("classifier", "--adapt", "classifier", "--budget", "0.25")
+    assert facts["budget"] == 1
+    for layer in ba2ps.switched_layers(network).values():
+        assert torch.equal(layer.switches["birds"], torch.full_like(layer.switches["birds"], 1e-3))
+
+
+def test_full_fine_tuning_gives_a_network_for_each_domain_and_a_baseline(adapted, trained, data, tmp_path, capsys):
+    adapted("tuned", "--adapt", "all")
+    baseline = json.loads((tmp_path / "tuned" / "baseline.json").read_text())
+    backbone = ba2ps.load(trained / "backbone.pt")[0].state_dict()
+    networks = {domain: ba2ps.load(tmp_path / "tuned" / f"{domain}.pt")[0] for domain in ("birds", "cars")}
+    weights = [backbone["block2.0.conv1.weight"], *(n.state_dict()["block2.0.conv1.weight"] for n in networks.values())]
+    assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+    for domain, network in networks.items():
+        assert network.domains == [domain] and list(network.classifiers) == [domain]
+        code, out, err = run("evaluate.py", tmp_path / "tuned" / f"{domain}.pt", "--data", data, "--json",
+                             tmp_path / "r.json", "--device", "cpu", "--workers", "0", capsys=capsys)
+        assert code == 0, err
+        assert json.loads((tmp_path / "r.json").read_text())["mean_accuracy"] == pytest.approx(baseline[domain])
+
+
+def test_going_on_from_a_model_takes_over_what_its_domains_own(adapted, tmp_path):
+    first, facts = adapted("first", "--budget", "0.75")
+    model = tmp_path / "first" / "model.pt"
+    same, _ = adapted("same", "--epochs", "0", "--bn-as-trained", given="--start-from", file=model)
+    assert all(torch.equal(value, same.state_dict()[name]) for name, value in first.state_dict().items())
+    one, one_facts = adapted("one", "--domains", "cars", "--budget", "0.5", given="--start-from", file=model)
+    assert one.domains == ["cars"] and one_facts["budget"] == 0.5 and set(one_facts["domains"]) == {"animals", "cars"}
+    assert one_facts["domains"]["cars"] == facts["domains"]["cars"]
+
+
+@pytest.mark.parametrize("words", [["--budget", "0.25"], ["--budget", "0.6", "--seed", "1"], ["--budget", "0.25", "--independent"],
+                                   ["--budget", "0.3", "--schedule", "mixed", "--epochs", "4"]])
+def test_the_held_recipe_never_breaks_the_budget_and_uses_it(adapted, words):
+    network, facts = adapted("held", "--recipe", "held", "--epochs", "3", *words)
+    usages = [ba2ps.usage(network, domain) for domain in network.domains]
+    assert all(0.97 * facts["budget"] <= usage <= facts["budget"] for usage in usages), usages
+    if "--independent" not in words:
+        assert ba2ps.sparsity(network)[1] >= 0.95 * (1 - facts["budget"])
 
 
 def test_train_and_val_together_leave_no_val_accuracy(data, trained, tmp_path, capsys):
@@ -203,6 +300,16 @@ BAD = [  # script, words, what the line must name
     ("train.py", ["--data", "DATA", "--backbone", "RUN/model.pt"], "adapted model"),
     ("train.py", ["--data", "DATA", "--backbone", "RUN/backbone.pt", "--widen-factor", "2"], "--widen-factor"),
     ("train.py", ["--data", "DATA", "--backbone", "RUN/backbone.pt", "--out", "TEXT"], "--out"),
+    ("train.py", ["--data", "DATA", "--start-from", "RUN/backbone.pt"], "--start-from"),
+    ("train.py", ["--data", "DATA", "--start-from", "PRUNED"], "pruned.pt"),
+    ("train.py", ["--data", "DATA", "--backbone", "RUN/backbone.pt", "--start-from", "RUN/model.pt"], "give one"),
+    ("train.py", ["--data", "DATA", "--start-from", "RUN/model.pt", "--adapt", "all"], "--start-from"),
+    ("train.py", ["--data", "DATA", "--source", "animals", "--independent"], "--sharing 0"),
+    ("train.py", ["--data", "DATA", "--source", "animals", "--sharing", "some"], "--sharing"),
+    ("train.py", ["--data", "DATA", "--source", "animals", "--sharing", "-1"], "--sharing -1"),
+    ("train.py", ["--data", "DATA", "--source", "animals", "--pull", "1.5"], "--pull 1.5"),
+    ("train.py", ["--data", "DATA", "--source", "animals", "--shrink", "0.8", "--settle", "0.5"], "--settle 0.5"),
+    ("train.py", ["--data", "DATA", "--source", "animals", "--recipe", "cake"], "--recipe"),
     ("train.py", ["--data", "CUT", "--source", "animals"], "cannot be read"),
     ("train.py", ["--data", "GONE", "--source", "animals"], "is missing"),
     ("evaluate.py", ["none.pt", "--data", "DATA"], "none.pt"),
@@ -244,7 +351,10 @@ def test_bad_input_gets_one_line_and_exit_code_2(script, words, named, data, tra
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
     ba2ps.save(tmp_path / "bare.pt", ba2ps.WideResNet(10, 1, "animals", 3))  # a network that no script wrote
-    places = {"DATA": data, **{name.upper(): tmp_path / f"{name}.pt" for name in ("bare", "text", "foreign", "out")}}
+    if "PRUNED" in words:
+        network, facts = ba2ps.load(trained / "model.pt")
+        ba2ps.save(tmp_path / "pruned.pt", ba2ps.prune(network), **facts)
+    places = {"DATA": data, **{name.upper(): tmp_path / f"{name}.pt" for name in ("bare", "text", "foreign", "out", "pruned")}}
     for name in {"CUT", "GONE", "OTHER"} & set(words):
         places[name] = tmp_path / name
         for i, domain in enumerate(["animals", "birds", "cars"]):
