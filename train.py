@@ -89,11 +89,10 @@ def adapt(network, domains, facts, train, val, args, log):
             weight_optimizer.step()
             if not settled:
                 switch_optimizer.step()
-                if args.pull:
-                    ba2ps.pull_together(network, domains, args.pull)
                 if args.hold and budget < 1:
+                    pool = ba2ps.shared_pool(network, domains, 1 - args.pool * (1 - budget)) if args.pool else None
                     for domain in domains:
-                        ba2ps.hold_budget(network, domain, budget)
+                        ba2ps.hold_budget(network, domain, budget, pool)
             for domain, s in zip(part, own):
                 multipliers[domain].update(s.mean().item(), budget)
             progress(size)
@@ -231,7 +230,7 @@ def number_or_learned(word):
 
 RECIPES = {  # what --recipe sets; a flag that is given goes first
     "paper": {},
-    "held": {"sharing": 0.0, "schedule": "batch", "hold": True, "pull": 1.0, "shrink": 0.5, "settle": 0.7, "distinct": True}}
+    "held": {"sharing": 0.0, "schedule": "batch", "hold": True, "pool": 0.95, "shrink": 0.5, "settle": 0.7, "distinct": True}}
 
 
 def parse():
@@ -260,7 +259,8 @@ def parse():
         help="classifier: batch-norm and classifier alone, all channels on; all: fine-tune a network per domain")
     add("--start-from", metavar="MODEL", help="a model.pt to go on from: its switches, batch-norm and classifiers")
     add("--hold", action="store_true", help="shift the switches after every step so that the budget is used and never broken")
-    add("--pull", type=float, default=0.0, metavar="SHARE", help="of the way to the domains' mean that switches go each step")
+    add("--pool", type=float, default=0.0, metavar="SHARE", help="with --hold: keep the domains to a common pool of channels, "
+        "so small that the sparsity of all together is at least this share of 1 - beta")
     add("--shrink", type=float, default=0.0, metavar="SHARE", help="of the epochs in which the budget goes from 1 to beta")
     add("--settle", type=float, default=1.0, metavar="SHARE", help="of the epochs after which the switches stay as they are")
     add("--distinct", action="store_true", help="start switches in proportion to the norm of their weights, not all equal")
@@ -280,13 +280,13 @@ def parse():
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
     if args.adapt != "switches":
-        args.budget, args.sharing, args.hold, args.pull = 1.0, 0.0, False, 0.0  # every channel is on
+        args.budget, args.sharing, args.hold, args.pool = 1.0, 0.0, False, 0.0  # every channel is on
     if not 0 < args.budget <= 1:
         raise InputError(f"--budget {args.budget:g} is outside (0, 1]: it is the share of switches a domain may have on")
     for flag, least, most in (
             ("sharing", 0, math.inf), ("lr", 0, math.inf), ("switch_lr", 0, math.inf), ("multiplier_lr", 0, math.inf),
             ("backbone_epochs", 0, math.inf), ("epochs", 0, math.inf), ("milestone", 1, math.inf), ("workers", 0, math.inf),
-            ("batch_size", 1, math.inf), ("image_size", 16, math.inf), ("pull", 0, 1), ("shrink", 0, 1), ("settle", 0, 1)):
+            ("batch_size", 1, math.inf), ("image_size", 16, math.inf), ("pool", 0, 1), ("shrink", 0, 1), ("settle", 0, 1)):
         value = getattr(args, flag)
         if value != "learned" and not (least <= value <= most and math.isfinite(value)):
             raise InputError(f"--{flag.replace('_', '-')} {value} is out of range: give {least} "
@@ -310,7 +310,7 @@ def run_name(args):
     words += [args.recipe] * (args.recipe != "paper") + [f"adapt-{args.adapt}"] * (args.adapt != "switches")
     given = RECIPES[args.recipe]
     for flag, usual in (("sharing_loss", "intersection"), ("share_to", "all"), ("schedule", "epoch"), ("independent", False),
-                        ("start_from", None), ("hold", False), ("pull", 0.0), ("shrink", 0.0), ("settle", 1.0),
+                        ("start_from", None), ("hold", False), ("pool", 0.0), ("shrink", 0.0), ("settle", 1.0),
                         ("distinct", False)):
         value = getattr(args, flag)
         if value != given.get(flag, usual):

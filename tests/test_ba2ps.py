@@ -198,8 +198,9 @@ def test_losses_through_the_network_reach_switches_that_are_off():
 def test_a_held_budget_keeps_the_largest_switches_and_the_strongest_of_each_layer(budget):
     net = network(2, share_on=0.3)
     layers = list(ba2ps.switched_layers(net).values())
+    for layer in layers:
+        layer.switches["d0"].data += layer.in_channels / 100  # wide layers first: the mean over layers is below beta
     layers[2].switches["d0"].data -= 5  # would be switched off whole
-    layers[4].switches["d0"].data += 5
     before = [layer.switches["d0"].detach().clone() for layer in layers]
     other = [layer.switches["d1"].detach().clone() for layer in layers]
     ba2ps.hold_budget(net, "d0", budget)
@@ -215,6 +216,23 @@ def test_a_held_budget_keeps_the_largest_switches_and_the_strongest_of_each_laye
     shifts = torch.cat([layer.switches["d0"].detach() - b for layer, b in zip(layers, before)])
     assert (shifts - shifts[0]).abs().max() < 1e-5  # one number for all: their differences are those that were learned
     assert all(torch.equal(layer.switches["d1"], o) for layer, o in zip(layers, other))
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.5, 0.75])
+def test_a_held_budget_holds_for_the_mean_over_layers_too(budget):
+    net = network(1, 16)
+    layers = list(ba2ps.switched_layers(net).values())
+    for layer in layers:
+        layer.switches["d0"].data += 10 / layer.in_channels  # narrow layers first
+    before = [layer.switches["d0"].detach().clone() for layer in layers]
+    ba2ps.hold_budget(net, "d0", budget)
+    share = [layer.binary_switches(["d0"]).mean().item() for layer in layers]
+    total = sum(map(len, before))
+    assert ba2ps.usage(net, "d0") == int(budget * total + 1e-6) / total
+    assert budget - 0.02 < sum(share) / len(share) < budget + 1 / 16 / len(layers) * 2  # to about one channel
+    for layer, old in zip(layers, before):  # within a layer the order stays
+        shift = layer.switches["d0"].detach() - old
+        assert (shift - shift[0]).abs().max() < 1e-5
 
 
 def test_equal_switches_are_held_under_the_budget_not_over_it():

@@ -307,7 +307,7 @@ BAD = [  # script, words, what the line must name
     ("train.py", ["--data", "DATA", "--source", "animals", "--independent"], "--sharing 0"),
     ("train.py", ["--data", "DATA", "--source", "animals", "--sharing", "some"], "--sharing"),
     ("train.py", ["--data", "DATA", "--source", "animals", "--sharing", "-1"], "--sharing -1"),
-    ("train.py", ["--data", "DATA", "--source", "animals", "--pull", "1.5"], "--pull 1.5"),
+    ("train.py", ["--data", "DATA", "--source", "animals", "--pool", "1.5"], "--pool 1.5"),
     ("train.py", ["--data", "DATA", "--source", "animals", "--shrink", "0.8", "--settle", "0.5"], "--settle 0.5"),
     ("train.py", ["--data", "DATA", "--source", "animals", "--recipe", "cake"], "--recipe"),
     ("train.py", ["--data", "CUT", "--source", "animals"], "cannot be read"),
