@@ -357,6 +357,15 @@ def hold_budget(network, domain, budget, pool=None):
 
 
 @torch.no_grad()
+def share_switches(network, domains):
+    """Give all `domains` the mean of their real switches: they use the same channels, and every gradient moves them all."""
+    for layer in switched_layers(network).values():
+        mean = torch.stack([layer.switches[domain] for domain in domains]).mean(0)
+        for domain in domains:
+            layer.switches[domain].copy_(mean)
+
+
+@torch.no_grad()
 def shared_pool(network, domains, share):
     """(M,) bool: the channels that `domains` may use, the floor(share M) with the largest real switches on average.
 

@@ -48,23 +48,26 @@ def adapt(network, domains, facts, train, val, args, log):
     order = torch.Generator().manual_seed(args.seed)  # of domains, images, crops and mirroring
     progress = progress_line(args.epochs * sum(len(train[domain]) for domain in domains), "adapting")
 
+    pool = None  # (M,) bool, once it is formed
+
     for epoch in range(1, args.epochs + 1):
         losses = dict.fromkeys(domains, 0.0)
         network.train()
-        settled = epoch - 1 >= args.settle * args.epochs
-        if settled:
-            for parameter in switches:
-                parameter.requires_grad_(False)
         plan = schedule(args.schedule, {domain: len(train[domain]) for domain in domains}, args.batch_size, order)
         feeds = {domain: train[domain].batches([part[domain] for part in plan if domain in part], args.workers)
                  for domain in domains}
         for step, part in enumerate(plan):  # part: {domain: indices of its images}, of one domain or, mixed, of several
-            done = (epoch - 1 + (step + 1) / len(plan)) / args.epochs
+            done = (epoch - 1 + step / len(plan)) / args.epochs
             budget = args.budget + (1 - args.budget) * max(0.0, 1 - done / args.shrink) if args.shrink else args.budget
+            settled = done >= args.settle
+            if settled:
+                for parameter in switches:
+                    parameter.requires_grad_(False)
+
             loss, size = 0.0, sum(map(len, part.values()))
             for domain in part:
                 items, record = next(feeds[domain]), facts["domains"][domain]
-                x, y = training_batch(items, args.image_size, record, order, device=args.device)  # (B, 3, S, S), (B,)
+                x, y = training_batch(items, args.image_size, record, order, args.device)    # (B, 3, S, S), (B,)
                 with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
                     logits = network(x, domain)
                 task = F.cross_entropy(logits.float(), y)
@@ -72,7 +75,10 @@ def adapt(network, domains, facts, train, val, args, log):
                 losses[domain] += task.item() * len(items) / len(train[domain])
             own = ba2ps.binary_switches(network, list(part))                                 # (domains of the batch, M)
             for domain, s in zip(part, own):
-                loss = loss + ba2ps.budget_loss(s, budget, multipliers[domain].value)
+                # held, the usage is beta and the hinge would be flat; but its price has to go on working through Adam, which
+                # moves a switch by the price over the size of its gradients: so it is the unimportant ones that go off
+                price = multipliers[domain].value
+                loss = loss + (price * s.mean() if args.hold else ba2ps.budget_loss(s, budget, price))
             if sharing.value or sharing.lr:
                 # without sharing the other domains get no gradient at all: a zero one would let Adam's momentum move them
                 others = [domain for domain in domains if domain not in part]
@@ -88,13 +94,19 @@ def adapt(network, domains, facts, train, val, args, log):
             loss.backward()
             weight_optimizer.step()
             if not settled:
+                for group in switch_optimizer.param_groups if args.settle < math.inf else ():
+                    group["lr"] = args.switch_lr * (1 - done / args.settle)
                 switch_optimizer.step()
+                for domain, s in zip(part, own):
+                    if pool is None:  # held, where the usage would go counts; in the pool the price stays
+                        multipliers[domain].update(ba2ps.usage(network, domain) if args.hold else s.mean().item(), budget)
+                if done < args.common:
+                    ba2ps.share_switches(network, domains)
+                elif args.pool and pool is None and len(domains) > 1:
+                    pool = ba2ps.shared_pool(network, domains, 1 - args.pool * (1 - budget))
                 if args.hold and budget < 1:
-                    pool = ba2ps.shared_pool(network, domains, 1 - args.pool * (1 - budget)) if args.pool else None
                     for domain in domains:
                         ba2ps.hold_budget(network, domain, budget, pool)
-            for domain, s in zip(part, own):
-                multipliers[domain].update(s.mean().item(), budget)
             progress(size)
         for rate in rates:
             rate.step()
@@ -230,7 +242,8 @@ def number_or_learned(word):
 
 RECIPES = {  # what --recipe sets; a flag that is given goes first
     "paper": {},
-    "held": {"sharing": 0.0, "schedule": "batch", "hold": True, "pool": 0.95, "shrink": 0.5, "settle": 0.7, "distinct": True}}
+    "held": {"sharing": 0.0, "schedule": "batch", "hold": True, "shrink": 0.05, "common": 0.3, "pool": 0.95, "settle": 0.8,
+             "distinct": True, "multiplier_lr": 1.0}}
 
 
 def parse():
@@ -259,10 +272,12 @@ def parse():
         help="classifier: batch-norm and classifier alone, all channels on; all: fine-tune a network per domain")
     add("--start-from", metavar="MODEL", help="a model.pt to go on from: its switches, batch-norm and classifiers")
     add("--hold", action="store_true", help="shift the switches after every step so that the budget is used and never broken")
-    add("--pool", type=float, default=0.0, metavar="SHARE", help="with --hold: keep the domains to a common pool of channels, "
-        "so small that the sparsity of all together is at least this share of 1 - beta")
     add("--shrink", type=float, default=0.0, metavar="SHARE", help="of the epochs in which the budget goes from 1 to beta")
-    add("--settle", type=float, default=1.0, metavar="SHARE", help="of the epochs after which the switches stay as they are")
+    add("--common", type=float, default=0.0, metavar="SHARE", help="of the epochs in which all domains have the same switches")
+    add("--pool", type=float, default=0.0, metavar="SHARE", help="of 1 - beta that no domain may use after these, with --hold; "
+        "0: a domain may use any channel")
+    add("--settle", type=float, default=math.inf, metavar="SHARE", help="of the epochs after which the switches stay as they "
+        "are; until then their rate falls to 0")
     add("--distinct", action="store_true", help="start switches in proportion to the norm of their weights, not all equal")
     add("--epochs", type=int, default=60)
     add("--milestone", type=int, default=45, help="epoch after which both rates are divided by 10")
@@ -280,19 +295,22 @@ def parse():
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
     if args.adapt != "switches":
-        args.budget, args.sharing, args.hold, args.pool = 1.0, 0.0, False, 0.0  # every channel is on
+        args.budget, args.sharing, args.hold = 1.0, 0.0, False  # every channel is on
     if not 0 < args.budget <= 1:
         raise InputError(f"--budget {args.budget:g} is outside (0, 1]: it is the share of switches a domain may have on")
     for flag, least, most in (
             ("sharing", 0, math.inf), ("lr", 0, math.inf), ("switch_lr", 0, math.inf), ("multiplier_lr", 0, math.inf),
             ("backbone_epochs", 0, math.inf), ("epochs", 0, math.inf), ("milestone", 1, math.inf), ("workers", 0, math.inf),
-            ("batch_size", 1, math.inf), ("image_size", 16, math.inf), ("pool", 0, 1), ("shrink", 0, 1), ("settle", 0, 1)):
+            ("batch_size", 1, math.inf), ("image_size", 16, math.inf), ("pool", 0, 1), ("common", 0, 1)):
         value = getattr(args, flag)
         if value != "learned" and not (least <= value <= most and math.isfinite(value)):
             raise InputError(f"--{flag.replace('_', '-')} {value} is out of range: give {least} "
                              f"{'or more' if most == math.inf else f'to {most}'}")
-    if args.shrink > args.settle:
-        raise InputError(f"--shrink {args.shrink:g} ends after --settle {args.settle:g}: the switches would stay over budget")
+    if not 0 <= args.shrink <= min(args.settle, 1):
+        raise InputError(f"--shrink {args.shrink:g} and --settle {args.settle:g}: give shares of the epochs, the first not above "
+                         "the second, or the switches settle over budget")
+    if args.pool and not (args.hold and args.common < min(args.settle, 1)):
+        raise InputError(f"--pool {args.pool:g} needs --hold, and --common {args.common:g} to end before --settle and the run")
     if args.independent and args.sharing:
         raise InputError(f"--independent trains every domain alone, --sharing {args.sharing} needs all: give --sharing 0")
     if args.backbone and args.start_from:
@@ -310,7 +328,7 @@ def run_name(args):
     words += [args.recipe] * (args.recipe != "paper") + [f"adapt-{args.adapt}"] * (args.adapt != "switches")
     given = RECIPES[args.recipe]
     for flag, usual in (("sharing_loss", "intersection"), ("share_to", "all"), ("schedule", "epoch"), ("independent", False),
-                        ("start_from", None), ("hold", False), ("pool", 0.0), ("shrink", 0.0), ("settle", 1.0),
+                        ("start_from", None), ("hold", False), ("shrink", 0.0), ("common", 0.0), ("pool", 0.0), ("settle", math.inf),
                         ("distinct", False)):
         value = getattr(args, flag)
         if value != given.get(flag, usual):

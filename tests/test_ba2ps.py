@@ -280,9 +280,17 @@ def test_distinct_switches_are_those_of_the_filters_norms():
     net.add_domain("d", 3)
     layer = net.block2[0].conv1
     ba2ps.distinct_switches(net, ["d"])
-    norms = [sum(float(w) ** 2 for w in layer.weight[:, c].flatten()) ** 0.5 for c in range(layer.in_channels)]
+    norms = [sum(float(w) ** 2 for w in layer.weight.detach()[:, c].flatten()) ** 0.5 for c in range(layer.in_channels)]
     mean = sum(norms) / len(norms)
     assert layer.switches["d"].tolist() == pytest.approx([1e-3 * n / mean for n in norms], rel=1e-5)
+
+
+def test_shared_switches_are_the_mean_of_those_named():
+    net = network(3)
+    before = {domain: flat(net, domain) for domain in net.domains}
+    ba2ps.share_switches(net, ["d0", "d2"])
+    torch.testing.assert_close(flat(net, "d0"), (before["d0"] + before["d2"]) / 2)
+    assert torch.equal(flat(net, "d0"), flat(net, "d2")) and torch.equal(flat(net, "d1"), before["d1"])
 
 
 def test_the_multiplier_rises_while_the_budget_is_broken_and_its_state_is_kept():

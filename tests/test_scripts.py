@@ -262,7 +262,7 @@ def test_going_on_from_a_model_takes_over_what_its_domains_own(adapted, tmp_path
     assert one_facts["domains"]["cars"] == facts["domains"]["cars"]
 
 
-@pytest.mark.parametrize("words", [["--budget", "0.25"], ["--budget", "0.6", "--seed", "1"], ["--budget", "0.25", "--independent"],
+@pytest.mark.parametrize("words", [["--budget", "0.25"], ["--budget", "0.6", "--seed", "1"], ["--budget", "0.25", "--independent", "--sharing", "0"],
                                    ["--budget", "0.3", "--schedule", "mixed", "--epochs", "4"]])
 def test_the_held_recipe_never_breaks_the_budget_and_uses_it(adapted, words):
     network, facts = adapted("held", "--recipe", "held", "--epochs", "3", *words)
@@ -309,6 +309,8 @@ BAD = [  # script, words, what the line must name
     ("train.py", ["--data", "DATA", "--source", "animals", "--sharing", "-1"], "--sharing -1"),
     ("train.py", ["--data", "DATA", "--source", "animals", "--pool", "1.5"], "--pool 1.5"),
     ("train.py", ["--data", "DATA", "--source", "animals", "--shrink", "0.8", "--settle", "0.5"], "--settle 0.5"),
+    ("train.py", ["--data", "DATA", "--source", "animals", "--pool", "0.9"], "--hold"),
+    ("train.py", ["--data", "DATA", "--source", "animals", "--recipe", "held", "--common", "0.9"], "--common 0.9"),
     ("train.py", ["--data", "DATA", "--source", "animals", "--recipe", "cake"], "--recipe"),
     ("train.py", ["--data", "CUT", "--source", "animals"], "cannot be read"),
     ("train.py", ["--data", "GONE", "--source", "animals"], "is missing"),
