@@ -333,32 +333,11 @@ def distinct_switches(network, domains):
 
 
 @torch.no_grad()
-def hold_budget(network, domain, budget, pool=None):
-    """Shift the real switches of `domain`, all by one number, so that floor(beta M) of them are on, the largest ones.
-
-    The exact form of what the multiplier of the budget loss does slowly: its gradient is the same for every switch, so
-    that it too moves them all by one number. pool: (M,) bool, see shared_pool; outside it every switch is off. One switch
-    of a layer is always on, the strongest of the pool, and counts. Of switches that are exactly equal all go off
-    together: there may be fewer on than the budget allows, never more.
-    """
-    layers = [layer.switches[domain] for layer in switched_layers(network).values()]
-    real = torch.cat(layers)                                                          # (M,)
-    inside = torch.ones_like(real, dtype=torch.bool) if pool is None else pool
-    strongest = _strongest(real.masked_fill(~inside, -torch.inf), [len(s) for s in layers])
-    others = real[inside & ~strongest].sort(descending=True).values
-    left = min(max(int(budget * len(real) + 1e-6) - int(strongest.sum()), 0), len(others))  # of the others, may be on
-    bounds = torch.cat([others[left - 1:left], others[left:left + 1]])                # the last one on, the first one off
-    shift = bounds.mean() if 0 < left < len(others) else bounds[0] if left == 0 else bounds[0] - 1e-3
-    real -= shift
-    real[~inside] = real[~inside].clamp(max=0)
-    real[strongest] = real[strongest].clamp(min=1e-6)
-    for old, new in zip(layers, real.split([len(s) for s in layers])):
-        old.copy_(new)
-
-
-@torch.no_grad()
 def share_switches(network, domains):
-    """Give all `domains` the mean of their real switches: they use the same channels, and every gradient moves them all."""
+    """Give all `domains` the mean of their real switches: they use the same channels, and every gradient moves them all.
+
+    Sharing without a loss: the gradient of the intersection (Eq. 5) is zero wherever two domains are off.
+    """
     for layer in switched_layers(network).values():
         mean = torch.stack([layer.switches[domain] for domain in domains]).mean(0)
         for domain in domains:
@@ -366,39 +345,46 @@ def share_switches(network, domains):
 
 
 @torch.no_grad()
-def shared_pool(network, domains, share):
-    """(M,) bool: the channels that `domains` may use, the floor(share M) with the largest real switches on average.
+def hold_budget(network, domain, budget):
+    """Shift the real switches of `domain` so that floor(beta M) of them are on, and of the layers at most beta on average.
 
-    Domains that keep to a pool share by construction: what is outside is pruned, so that the sparsity "all" of Table 7
-    is at least 1 - share. It is a mean over layers: where the largest switches lie in narrow layers, a channel also
-    costs in proportion to the part of its layer that it is, just enough for that mean. The gradient of the intersection
-    (Eq. 5) is zero wherever two domains are off; here every domain has a say in every channel at every step.
+    The exact form of what the multiplier of the budget loss does slowly: its gradient is the same for every switch, and
+    all are shifted by one number here, so that the largest are on. Where these lie in narrow layers the mean over layers,
+    that of Table 7's sparsity, is above beta; then a switch also pays for the part of its layer that it is, just enough
+    for that mean. The strongest switch of a layer is always on, and counts. Of equal ones the first are on.
     """
-    layers = switched_layers(network).values()
-    widths = [layer.in_channels for layer in layers]
-    mean = torch.cat([torch.stack([layer.switches[domain] for domain in domains]).mean(0) for layer in layers])  # (M,)
-    cost = torch.cat([torch.full((width,), mean.numel() / len(widths) / width) for width in widths]).to(mean)  # mean 1
-    number = int(share * mean.numel() + 1e-6)
+    real = [layer.switches[domain] for layer in switched_layers(network).values()]
+    widths = [len(switches) for switches in real]
+    values, total = torch.cat(real), sum(widths)                                                # (M,)
+    rows = nn.utils.rnn.pad_sequence(real, batch_first=True, padding_value=-torch.inf)
+    strongest = rows.argmax(1) + torch.tensor([0, *widths[:-1]], device=values.device).cumsum(0)  # one index a layer
+    cost = torch.cat([torch.full_like(s, total / len(widths) / len(s)) for s in real])          # mean 1
+    number = max(int(budget * total + 1e-6), len(widths))
 
     def largest(price):
-        worth = mean - price * cost
-        worth[_strongest(worth, widths)] = torch.inf
-        return torch.zeros_like(mean, dtype=torch.bool).scatter(0, worth.topk(number).indices, True)
+        return (values - price * cost).index_fill(0, strongest, torch.inf).topk(number).indices
+
+    def too_narrow(price):
+        return cost[largest(price)].sum() > number + 0.01
 
     low, high = 0.0, 0.0
-    while (largest(high) * cost).sum() > number and high < 1:
+    while too_narrow(high) and high < 1e3:
         low, high = high, 2 * high + 1e-4
     for _ in range(8 if high else 0):
         middle = (low + high) / 2
-        low, high = (middle, high) if (largest(middle) * cost).sum() > number else (low, middle)
-    return largest(high)
-
-
-def _strongest(values, widths):
-    """(M,) bool: the largest value of every layer, the first of equal ones."""
-    rows = nn.utils.rnn.pad_sequence(values.split(widths), batch_first=True, padding_value=-torch.inf)
-    first = torch.tensor([0, *widths[:-1]], device=values.device).cumsum(0)
-    return torch.zeros_like(values, dtype=torch.bool).index_fill(0, first + rows.argmax(1), True)
+        low, high = (middle, high) if too_narrow(middle) else (low, middle)
+    if too_narrow(high):  # beta is so small that the strongest of the narrow layers are more than it
+        high = 0.0
+    on = torch.zeros_like(values, dtype=torch.bool).index_fill(0, largest(high), True)
+    values -= high * cost
+    others = values[on.index_fill(0, strongest, False)]
+    off = values[~on]
+    if len(off):  # halfway between the last one on and the first one off
+        values -= (others.min() + off.max()) / 2 if len(others) else off.max()
+    # what rounding, equal values or a weak layer would leave on the wrong side of zero
+    values = torch.where(on, values.clamp(min=1e-6), values.clamp(max=0))
+    for switches, new in zip(real, values.split(widths)):
+        switches.copy_(new)
 
 
 @torch.no_grad()

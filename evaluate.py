@@ -346,8 +346,8 @@ def training(facts):
     """What tells groups of models apart, in a few words, from the arguments train.py was given; "" if they are unknown."""
     arguments, words = facts.get("arguments") or {}, []
     if "sharing" in arguments:
-        pool = f"pool {arguments['pool']}" if arguments.get("pool") else "no sharing"  # a common pool is sharing too
-        words.append(f"λ_PS = {arguments['sharing']}" if arguments["sharing"] else pool)
+        without = "switches in common" if arguments.get("common") else "no sharing"
+        words.append(f"λ_PS = {arguments['sharing']}" if arguments["sharing"] else without)
     if arguments.get("sharing_loss", "intersection") != "intersection":
         words.append(str(arguments["sharing_loss"]))
     if (arguments.get("recipe") or "paper") != "paper":

@@ -48,8 +48,6 @@ def adapt(network, domains, facts, train, val, args, log):
     order = torch.Generator().manual_seed(args.seed)  # of domains, images, crops and mirroring
     progress = progress_line(args.epochs * sum(len(train[domain]) for domain in domains), "adapting")
 
-    pool = None  # (M,) bool, once it is formed
-
     for epoch in range(1, args.epochs + 1):
         losses = dict.fromkeys(domains, 0.0)
         network.train()
@@ -97,16 +95,12 @@ def adapt(network, domains, facts, train, val, args, log):
                 for group in switch_optimizer.param_groups if args.settle < math.inf else ():
                     group["lr"] = args.switch_lr * (1 - done / args.settle)
                 switch_optimizer.step()
-                for domain, s in zip(part, own):
-                    if pool is None:  # held, where the usage would go counts; in the pool the price stays
-                        multipliers[domain].update(ba2ps.usage(network, domain) if args.hold else s.mean().item(), budget)
-                if done < args.common:
+                for domain, s in zip(part, own):  # held, it counts where the usage would go
+                    multipliers[domain].update(ba2ps.usage(network, domain) if args.hold else s.mean().item(), budget)
+                if args.common:
                     ba2ps.share_switches(network, domains)
-                elif args.pool and pool is None and len(domains) > 1:
-                    pool = ba2ps.shared_pool(network, domains, 1 - args.pool * (1 - budget))
-                if args.hold and budget < 1:
-                    for domain in domains:
-                        ba2ps.hold_budget(network, domain, budget, pool)
+                for domain in domains if args.hold and budget < 1 else ():
+                    ba2ps.hold_budget(network, domain, budget)
             progress(size)
         for rate in rates:
             rate.step()
@@ -242,7 +236,7 @@ def number_or_learned(word):
 
 RECIPES = {  # what --recipe sets; a flag that is given goes first
     "paper": {},
-    "held": {"sharing": 0.0, "schedule": "batch", "hold": True, "shrink": 0.05, "common": 0.3, "pool": 0.95, "settle": 0.8,
+    "held": {"sharing": 0.0, "schedule": "batch", "hold": True, "shrink": 0.05, "common": True, "settle": 0.3,
              "distinct": True, "multiplier_lr": 1.0}}
 
 
@@ -273,9 +267,7 @@ def parse():
     add("--start-from", metavar="MODEL", help="a model.pt to go on from: its switches, batch-norm and classifiers")
     add("--hold", action="store_true", help="shift the switches after every step so that the budget is used and never broken")
     add("--shrink", type=float, default=0.0, metavar="SHARE", help="of the epochs in which the budget goes from 1 to beta")
-    add("--common", type=float, default=0.0, metavar="SHARE", help="of the epochs in which all domains have the same switches")
-    add("--pool", type=float, default=0.0, metavar="SHARE", help="of 1 - beta that no domain may use after these, with --hold; "
-        "0: a domain may use any channel")
+    add("--common", action="store_true", help="one set of switches for all domains, the mean of theirs after every step")
     add("--settle", type=float, default=math.inf, metavar="SHARE", help="of the epochs after which the switches stay as they "
         "are; until then their rate falls to 0")
     add("--distinct", action="store_true", help="start switches in proportion to the norm of their weights, not all equal")
@@ -301,7 +293,7 @@ def parse():
     for flag, least, most in (
             ("sharing", 0, math.inf), ("lr", 0, math.inf), ("switch_lr", 0, math.inf), ("multiplier_lr", 0, math.inf),
             ("backbone_epochs", 0, math.inf), ("epochs", 0, math.inf), ("milestone", 1, math.inf), ("workers", 0, math.inf),
-            ("batch_size", 1, math.inf), ("image_size", 16, math.inf), ("pool", 0, 1), ("common", 0, 1)):
+            ("batch_size", 1, math.inf), ("image_size", 16, math.inf)):
         value = getattr(args, flag)
         if value != "learned" and not (least <= value <= most and math.isfinite(value)):
             raise InputError(f"--{flag.replace('_', '-')} {value} is out of range: give {least} "
@@ -309,8 +301,6 @@ def parse():
     if not 0 <= args.shrink <= min(args.settle, 1):
         raise InputError(f"--shrink {args.shrink:g} and --settle {args.settle:g}: give shares of the epochs, the first not above "
                          "the second, or the switches settle over budget")
-    if args.pool and not (args.hold and args.common < min(args.settle, 1)):
-        raise InputError(f"--pool {args.pool:g} needs --hold, and --common {args.common:g} to end before --settle and the run")
     if args.independent and args.sharing:
         raise InputError(f"--independent trains every domain alone, --sharing {args.sharing} needs all: give --sharing 0")
     if args.backbone and args.start_from:
@@ -328,7 +318,7 @@ def run_name(args):
     words += [args.recipe] * (args.recipe != "paper") + [f"adapt-{args.adapt}"] * (args.adapt != "switches")
     given = RECIPES[args.recipe]
     for flag, usual in (("sharing_loss", "intersection"), ("share_to", "all"), ("schedule", "epoch"), ("independent", False),
-                        ("start_from", None), ("hold", False), ("shrink", 0.0), ("common", 0.0), ("pool", 0.0), ("settle", math.inf),
+                        ("start_from", None), ("hold", False), ("shrink", 0.0), ("common", False), ("settle", math.inf),
                         ("distinct", False)):
         value = getattr(args, flag)
         if value != given.get(flag, usual):

@@ -425,7 +425,7 @@ def test_measures_are_drawn_against_beta_a_line_for_each_way_of_training():
 def test_models_are_grouped_by_how_they_were_trained_if_that_is_known(tmp_path, monkeypatch):
     says = {"": {}, "λ_PS = 1.0": {"sharing": 1.0, "lr": 1}, "no sharing": {"sharing": 0.0, "independent": False},
             "no sharing, independent": {"sharing": 0.0, "independent": True},
-            "pool 0.95, recipe held": {"sharing": 0.0, "pool": 0.95, "recipe": "held"},
+            "switches in common, recipe held": {"sharing": 0.0, "common": True, "recipe": "held"},
             "λ_PS = 0.5": {"sharing": 0.5, "recipe": "paper", "sharing_loss": "intersection"},
             "λ_PS = learned, union, recipe held": {"sharing": "learned", "recipe": "held", "sharing_loss": "union"}}
     assert all(evaluate.training({"arguments": arguments}) == words for words, arguments in says.items())
