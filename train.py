@@ -3,9 +3,10 @@
 
   python train.py --depth 10 --widen-factor 2 --image-size 32                        # draws a toy decathlon: no data needed
   python train.py --data decathlon --backbone backbone.pt --budget 0.25               # the paper, section 4.1
-  python train.py --data decathlon --backbone backbone.pt --budget 0.25 --sharing 0   # BA2, all domains simultaneously
+  python train.py --data decathlon --backbone backbone.pt --budget 0.25 --recipe held        # never over budget, all share
+  python train.py --data decathlon --backbone backbone.pt --budget 0.25 --sharing 0 --independent            # BA2
 
-Leaves backbone.pt, model.pt and log.csv in --out. `adapt` below is the method.
+Leaves backbone.pt, model.pt and log.csv in --out. `adapt` below is the method, and every other experiment of the paper.
 """
 import argparse
 import copy
@@ -44,7 +45,8 @@ def adapt(network, domains, facts, train, val, args, log):
     rates = [torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.milestone], gamma=0.1)
              for optimizer in (weight_optimizer, switch_optimizer)]
     multipliers = {domain: ba2ps.KKTMultiplier(args.multiplier_lr) for domain in domains}
-    sharing = ba2ps.KKTMultiplier(args.multiplier_lr if args.sharing == "learned" else 0, 0.0 if args.sharing == "learned" else args.sharing)
+    learned = args.sharing == "learned"
+    sharing = ba2ps.KKTMultiplier(args.multiplier_lr if learned else 0, 0 if learned else args.sharing)  # lambda_PS
     order = torch.Generator().manual_seed(args.seed)  # of domains, images, crops and mirroring
     progress = progress_line(args.epochs * sum(len(train[domain]) for domain in domains), "adapting")
 
@@ -55,8 +57,8 @@ def adapt(network, domains, facts, train, val, args, log):
         feeds = {domain: train[domain].batches([part[domain] for part in plan if domain in part], args.workers)
                  for domain in domains}
         for step, part in enumerate(plan):  # part: {domain: indices of its images}, of one domain or, mixed, of several
-            done = (epoch - 1 + step / len(plan)) / args.epochs
-            budget = args.budget + (1 - args.budget) * max(0.0, 1 - done / args.shrink) if args.shrink else args.budget
+            done, then = ((epoch - 1 + k / len(plan)) / args.epochs for k in (step, step + 1))  # before this step, after it
+            budget = args.budget + (1 - args.budget) * max(0.0, 1 - then / args.shrink) if args.shrink else args.budget
             settled = done >= args.settle
             if settled:
                 for parameter in switches:
@@ -234,7 +236,7 @@ def number_or_learned(word):
     return word if word == "learned" else float(word)
 
 
-RECIPES = {  # what --recipe sets; a flag that is given goes first
+RECIPES = {  # the flags that --recipe sets; one that is given goes first
     "paper": {},
     "held": {"sharing": 0.0, "schedule": "batch", "hold": True, "shrink": 0.05, "common": True, "settle": 0.3,
              "distinct": True, "multiplier_lr": 1.0}}
@@ -276,7 +278,8 @@ def parse():
     add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=1e-3, help="SGD, of batch-norm and classifiers")
     add("--switch-lr", type=float, default=1e-4, help="Adam, of the switches")
-    add("--recipe", default="paper", choices=list(RECIPES), help="RECIPE")
+    add("--recipe", default="paper", choices=list(RECIPES),
+        help="held: " + " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in RECIPES["held"].items()))
     add("--multiplier-lr", type=float, default=0.3, help="step of the KKT multiplier, times the excess over the budget")
     add("--bn-as-trained", action="store_true", help="do not re-estimate batch-norm statistics for the final switches")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
@@ -298,9 +301,9 @@ def parse():
         if value != "learned" and not (least <= value <= most and math.isfinite(value)):
             raise InputError(f"--{flag.replace('_', '-')} {value} is out of range: give {least} "
                              f"{'or more' if most == math.inf else f'to {most}'}")
-    if not 0 <= args.shrink <= min(args.settle, 1):
-        raise InputError(f"--shrink {args.shrink:g} and --settle {args.settle:g}: give shares of the epochs, the first not above "
-                         "the second, or the switches settle over budget")
+    if not (0 <= args.shrink <= min(args.settle, 1) and args.settle > 0):
+        raise InputError(f"--shrink {args.shrink:g} and --settle {args.settle:g}: give shares of the epochs, the second above 0 "
+                         "and not below the first, or the switches settle over budget")
     if args.independent and args.sharing:
         raise InputError(f"--independent trains every domain alone, --sharing {args.sharing} needs all: give --sharing 0")
     if args.backbone and args.start_from:
@@ -357,6 +360,11 @@ def main():
         record = describe(args.data, args.source, args.image_size, args.no_mirror)
         network = ba2ps.WideResNet(args.depth, args.widen_factor, args.source, len(record["classes"]))
         facts = {"image_size": args.image_size, "domains": {args.source: record}}
+
+    layers = ba2ps.switched_layers(network).values()
+    least = len(layers) / sum(layer.total_channels for layer in layers)
+    if args.budget < least:
+        raise InputError(f"--budget {args.budget:g} is below one channel per layer, {least:.4f} of this network: give more")
 
     # the data: everything is looked at before the first step is taken
     annotated = sorted(path.name[:-len("_train.json")] for path in Path(args.data, "annotations").glob("*_train.json"))

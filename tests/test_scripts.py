@@ -263,7 +263,8 @@ def test_going_on_from_a_model_takes_over_what_its_domains_own(adapted, tmp_path
 
 
 @pytest.mark.parametrize("words", [["--budget", "0.25"], ["--budget", "0.6", "--seed", "1"], ["--budget", "0.25", "--independent", "--sharing", "0"],
-                                   ["--budget", "0.3", "--schedule", "mixed", "--epochs", "4"]])
+                                   ["--budget", "0.3", "--schedule", "mixed", "--epochs", "4"],
+                                   ["--budget", "0.75", "--epochs", "1", "--batch-size", "99", "--schedule", "mixed"]])
 def test_the_held_recipe_never_breaks_the_budget_and_uses_it(adapted, words):
     network, facts = adapted("held", "--recipe", "held", "--epochs", "3", *words)
     usages = [ba2ps.usage(network, domain) for domain in network.domains]
@@ -308,6 +309,8 @@ BAD = [  # script, words, what the line must name
     ("train.py", ["--data", "DATA", "--source", "animals", "--sharing", "some"], "--sharing"),
     ("train.py", ["--data", "DATA", "--source", "animals", "--sharing", "-1"], "--sharing -1"),
     ("train.py", ["--data", "DATA", "--source", "animals", "--shrink", "0.8", "--settle", "0.5"], "--settle 0.5"),
+    ("train.py", ["--data", "DATA", "--source", "animals", "--settle", "0"], "--settle 0"),
+    ("train.py", ["--data", "DATA", "--source", "animals", "--budget", "0.01"], "--budget 0.01"),
     ("train.py", ["--data", "DATA", "--source", "animals", "--recipe", "cake"], "--recipe"),
     ("train.py", ["--data", "CUT", "--source", "animals"], "cannot be read"),
     ("train.py", ["--data", "GONE", "--source", "animals"], "is missing"),
