@@ -22,6 +22,7 @@ import math
 import operator
 import os
 import pickle
+import warnings
 import zipfile
 
 import torch
@@ -1069,11 +1070,13 @@ def _read(path):
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("its tensors are compressed, and may be of any size")
         if any(entry.filename.endswith("constants.pkl") for entry in entries):  # torch before 2.6 would run it
             raise pickle.UnpicklingError
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its tensors are compressed, and may be of any size")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about what is refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no such checkpoint: {path}") from None
     except pickle.UnpicklingError:

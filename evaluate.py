@@ -112,7 +112,7 @@ def read_annotations(root, domain, split):
     return paths, ids, labels, dict(sorted(names.items()))
 
 
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")  # not EPS: Pillow runs Ghostscript
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")  # not EPS: Pillow runs Ghostscript
 
 
 class Decoder(Dataset):
@@ -760,8 +760,8 @@ def check_device(device):
 
 def data_flags(parser):
     """The flags of everything that reads images; data_options gives them to Images."""
-    parser.add_argument("--cache", metavar="DIR", help="where decoded images are kept, 4 kB each at 32 pixels, 16 kB "
-                        "at 64 and more if not square (default: ROOT/cache for --data ROOT, or ~/.cache/ba2ps where that cannot be written); "
+    parser.add_argument("--cache", metavar="DIR", help="where decoded images are kept, 4 kB each at 32 pixels, 16 kB and more "
+                        "at 64 (default: ROOT/cache for --data ROOT, or ~/.cache/ba2ps where that cannot be written); "
                         "none: in memory, for this run")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that are missing or cannot be read, "
                         "and count them; accuracies are of the others, and evaluate.py --results, which needs all, refuses")
