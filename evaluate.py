@@ -385,7 +385,8 @@ def cut(images, size, top, left, mirrored, device="cpu"):
     row = top + steps[:, None]                                                # (B, N, 1, size, 1)
     column = left + torch.where(mirrored, size - 1 - steps, steps)            # (B, N, 1, 1, size)
     plane = torch.arange(3, device=device)[:, None, None]
-    return flat[start + (plane * height + row) * width + column]
+    index = start + (plane * height + row) * width + column                   # (B, N, 3, size, size)
+    return flat.index_select(0, index.flatten()).view_as(index)  # of torch's ways to gather, by far the fastest on a CPU
 
 
 def sides(images):
@@ -421,7 +422,7 @@ def test_crops(images, size, number, device="cpu"):
 def normalise(crops, record, device):
     """uint8 crops (..., 3, h, w) -> float on `device`, with the channel statistics of the domain's `record`."""
     mean, std = (torch.tensor(record[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
-    return (crops.to(device).float() / 255 - mean) / std
+    return crops.to(device).float().div_(255).sub_(mean).div_(std)
 
 
 def training_batch(items, size, record, generator, device):
@@ -441,7 +442,8 @@ def predict(network, domain, record, images, crops=None, batch_size=32, device="
     out = []
     for items in images.batches(torch.arange(len(images)).split(batch_size), workers):
         x = normalise(test_crops([image for image, _ in items], images.crop, crops, device), record, device)
-        logits = network(x.flatten(0, 1), domain)                         # (B * crops, classes)
+        parts = x.flatten(0, 1).split(len(items))  # one forward pass for each crop: ten at once outgrow a CPU's caches
+        logits = torch.cat([network(part, domain) for part in parts])     # (B * crops, classes)
         out.append(logits.softmax(1).unflatten(0, (-1, crops)).mean(1).cpu())  # (B, classes)
         progress(len(items))
     return torch.cat(out)

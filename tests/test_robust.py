@@ -115,7 +115,6 @@ def test_memory_the_cache_and_worker_processes_give_the_same_pixels(tmp_path, mo
 def test_the_cache_knows_when_its_source_changed(root, change):
     images = images_of(root)
     before, path, size = pixels(images), images.paths[0], 32
-    content = (root / "annotations/animals_train.json").read_bytes()
     if change == "touched":
         Image.new("RGB", (36, 36), (1, 2, 3)).save(path, "BMP")
         os.utime(path, ns=(7, 7))
@@ -134,7 +133,6 @@ def test_the_cache_knows_when_its_source_changed(root, change):
     after = pixels(evaluate.Images(root, "animals", ["train"], size))
     fresh = pixels(evaluate.Images(root, "animals", ["train"], size, cache=False))
     assert same(after, fresh) and not same(after, before)
-    assert change == "added" or content == (root / "annotations/animals_train.json").read_bytes() or change == "another order"
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:100], lambda b: b"", lambda b: b + b"\0",
@@ -181,9 +179,9 @@ def test_the_cache_goes_beside_the_data_or_to_the_users_caches(tmp_path, monkeyp
 
 def test_a_run_is_the_same_with_a_cold_a_warm_and_no_cache(data, tmp_path, capsys):  # noqa: F811
     states = []
-    for name, words in (("cold", ["--cache", tmp_path / "c"]), ("warm", ["--cache", tmp_path / "c"]), ("none", ["--cache", "none"])):
-        code, _, err = run("train.py", "--data", data, "--source", "animals", *SMALL, "--backbone-epochs", "1", "--epochs", "1",
-                           "--batch-size", "4", "--out", tmp_path / name, *words, capsys=capsys)
+    for name, cache in (("cold", tmp_path / "c"), ("warm", tmp_path / "c"), ("none", "none")):
+        code, _, err = run("train.py", "--data", data, "--source", "animals", *SMALL, "--backbone-epochs", "1", "--epochs",
+                           "1", "--batch-size", "4", "--out", tmp_path / name, "--cache", cache, capsys=capsys)
         assert code == 0, err
         states.append(ba2ps.load(tmp_path / name / "model.pt")[0].state_dict())
     assert all(torch.equal(value, state[name]) for state in states[1:] for name, value in states[0].items())
@@ -309,8 +307,8 @@ def test_broken_images_are_named_or_left_out_and_counted(kind, root, capsys, rec
 
 def test_an_image_that_is_mended_is_read_again(root, monkeypatch):
     whole = pixels(images_of(root, cache=False))
-    decode = evaluate.Decoder.__getitem__
-    monkeypatch.setattr(evaluate.Decoder, "__getitem__", lambda self, i: InputError("no room") if i == 3 else decode(self, i))
+    read = evaluate.Decoder.__getitem__
+    monkeypatch.setattr(evaluate.Decoder, "__getitem__", lambda self, i: read(self, i) if i != 3 else InputError("no room"))
     assert len(images_of(root, skip_broken=True)) == 11
     monkeypatch.undo()
     assert same(pixels(images_of(root)), whole)
@@ -336,9 +334,10 @@ def test_skip_broken_in_the_scripts(trained, tmp_path, capsys):  # noqa: F811
     assert code == 0 and "birds: 1 of 18 images of val cannot be read" in out and ", 41 images" in out, err
     code, out, err = run("evaluate.py", trained / "model.pt", *common, "--skip-broken", "--results", tmp_path / "r.json",
                          capsys=capsys)
-    assert code == 2 and err.count("\n") == 1 and "--results" in err and "birds" in err and not (tmp_path / "r.json").exists()
+    assert code == 2 and err.count("\n") == 1 and "--results" in err and "birds" in err
+    assert not (tmp_path / "r.json").exists()
     for splits, number in ((["train"], "1 of 18 images of train"), (["train", "val"], "2 of 36 images of train and val")):
-        words = ["--backbone", trained / "backbone.pt", *SMALL, "--epochs", "1", "--splits", *splits, "--out", tmp_path / "run"]
+        words = [*SMALL, "--backbone", trained / "backbone.pt", "--epochs", "1", "--out", tmp_path / "o", "--splits", *splits]
         code, out, err = run("train.py", *common, *words, capsys=capsys)
         assert code == 2 and err.count("\n") == 1 and "--skip-broken" in err
         code, out, err = run("train.py", *common, *words, "--skip-broken", capsys=capsys)
@@ -362,8 +361,7 @@ def test_flags_of_the_data_are_checked(words, said, root, data, trained, tmp_pat
 @pytest.mark.parametrize("change, said", [
     (lambda c: c["categories"].append({"id": 7, "name": "again"}), "an id to more than one category"),
     (lambda c: c["images"].append(dict(c["images"][0])), "an id to more than one image"),
-    (lambda c: c["annotations"].append({**c["annotations"][0], "category_id": 7 if c["annotations"][0]["category_id"] > 7 else 17}),
-     "is given two categories"),
+    (lambda c: c["annotations"].extend({**c["annotations"][0], "category_id": i} for i in (7, 17)), "given two categories"),
     (lambda c: c["annotations"][0].update(category_id=-1), "no annotation with a known category"),
     (lambda c: c["annotations"][0].update(image_id=-5), "no annotation with a known category"),
     (lambda c: c["annotations"][0].update(category_id=[7]), r"category_id is \[7\]"),
@@ -426,9 +424,8 @@ class Code:
         return os.system, ("touch executed",)
 
 
-def view(*shape):
-    """Numbers without end, in four bytes."""
-    return torch.zeros(1).expand(*shape)
+def stem(checkpoint, weight):
+    checkpoint["state"]["conv1.weight"] = weight
 
 
 def first(state, start):
@@ -463,14 +460,14 @@ TAMPERED = {  # which checkpoint, what is done to it, what is said
     "a missing weight, pruned": ("pruned", lambda c: c["state"].pop("conv1.weight"), "lacks conv1.weight"),
     "one more weight": ("model", lambda c: c["state"].update(more=torch.zeros(3)), "more has no place"),
     "one more weight, pruned": ("pruned", lambda c: c["state"].update(more=torch.zeros(3)), "more has no place"),
-    "a weight of another shape": ("model", lambda c: c["state"].update({"conv1.weight": torch.zeros(16, 3, 5, 5)}), "conv1.weight is"),
-    "a weight of another kind": ("model", lambda c: c["state"].update({"conv1.weight": torch.zeros(16, 3, 3, 3).long()}), "int64"),
+    "a weight of another shape": ("model", lambda c: stem(c, torch.zeros(16, 3, 5, 5)), "conv1.weight is"),
+    "a weight of another kind": ("model", lambda c: stem(c, torch.zeros(16, 3, 3, 3).long()), "int64"),
     "a weight that is no number": ("model", lambda c: c["state"]["conv1.weight"].fill_(torch.nan), "not finite"),
-    "a sparse weight": ("model", lambda c: c["state"].update({"conv1.weight": torch.zeros(2, 2).to_sparse()}), "no plain tensor"),
-    "a weight without end": ("model", lambda c: c["state"].update({"conv1.weight": view(10**6, 10**6)}), "more numbers"),
-    "a weight on no device": ("model", lambda c: c["state"].update({"conv1.weight": torch.zeros(9, device="meta")}), "damaged|readable"),
+    "a sparse weight": ("model", lambda c: stem(c, torch.zeros(2, 2).to_sparse()), "no plain tensor"),
+    "a weight without end": ("model", lambda c: stem(c, torch.zeros(1).expand(10**6, 10**6)), "more numbers"),
+    "a weight on no device": ("model", lambda c: stem(c, torch.zeros(9, device="meta")), "damaged|readable"),
     "too many bits": ("pruned", lambda c: c["state"].update({"bits birds": torch.zeros(5000, dtype=torch.uint8)}), "bits"),
-    "bits of another kind": ("pruned", lambda c: c["state"].update({"bits birds": c["state"]["bits birds"].float()}), "bits"),
+    "bits of another kind": ("pruned", lambda c: c["state"].update({"bits birds": torch.zeros(40)}), "bits"),
     "all bits": ("pruned", lambda c: c["state"]["bits birds"].fill_(255), "damaged"),
     "batch-norm": ("pruned", lambda c: c["state"].update({"batch-norm birds": torch.zeros(1)}), "batch-norm of birds"),
     "format": ("model", lambda c: c.update(format="ba2ps-2"), "something else"),
@@ -558,13 +555,15 @@ def test_what_a_checkpoint_says_of_its_domains_is_checked(key, checkpoints):
             ba2ps.check_facts("model.pt", network, changed)
 
 
-@pytest.mark.parametrize("key, value", [("budget", float("nan")), ("budget", 0), ("budget", 1.1), ("budget", "0.5"), ("budget", True),
-                                        ("image_size", 10**9), ("image_size", 0), ("image_size", 32.0), ("image_size", None),
-                                        ("domains", {}), ("domains", []), ("domains", None), ("multipliers", 3)])
-def test_what_a_checkpoint_says_of_itself_is_checked_by_every_script(key, value, checkpoints, data, tmp_path, capsys):  # noqa: F811
+@pytest.mark.parametrize("key, value", [
+    ("budget", float("nan")), ("budget", 0), ("budget", 1.1), ("budget", "0.5"), ("budget", True), ("image_size", 10**9),
+    ("image_size", 0), ("image_size", 32.0), ("image_size", None), ("domains", {}), ("domains", []), ("domains", None),
+    ("multipliers", 3)])
+def test_every_script_checks_what_a_checkpoint_says_of_itself(key, value, checkpoints, data, tmp_path, capsys):  # noqa: F811
     network, facts = ba2ps.load(checkpoints["model"])
     ba2ps.save(tmp_path / "m.pt", network, **{**facts, key: value})
-    for words in (["evaluate.py", tmp_path / "m.pt", "--data", data], ["prune.py", tmp_path / "m.pt", "--out", tmp_path / "p.pt"],
+    for words in (["evaluate.py", tmp_path / "m.pt", "--data", data],
+                  ["prune.py", tmp_path / "m.pt", "--out", tmp_path / "p.pt"],
                   ["train.py", "--start-from", tmp_path / "m.pt", "--data", data, *SMALL, "--out", tmp_path / "run"]):
         code, _, err = run(*words, capsys=capsys)
         assert code == 2 and err.count("\n") == 1 and "m.pt" in err, err
@@ -582,26 +581,23 @@ def test_how_a_dense_network_is_built_is_checked(form, checkpoints, tmp_path):
 
 # --- damaged at random ------------------------------------------------------------------------------------------------
 
-ODD = [None, True, -1, 0, 1, 10**9, 10**30, 0.5, -0.5, float("nan"), float("inf"), "", "x", "../x", "a\nb", "\0", [], [[]], {},
-       {"a": {}}, [1, 2, 3], b"x"]
+ODD = [None, True, -1, 0, 1, 10**9, 10**30, 0.5, -0.5, float("nan"), float("inf"), "", "x", "../x", "a\nb", "\0", b"x",
+       [], [[]], {}, {"a": {}}, [1, 2, 3]]
 
 
-def places(value, found=None):
-    """Every (container, key) in a tree of dicts and lists."""
-    found = [] if found is None else found
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in list(items):
-        found.append((value, key))
-        places(inner, found)
-    return found
+def containers(value):
+    """Every dict and list in a tree of them that is not empty."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] * bool(inner) + [found for each in inner for found in containers(each)]
 
 
 def tampered(tree, rng):
     """A copy of a tree of dicts, lists and tensors with one to three places changed."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.randint(1, 3)):
-        container, key = rng.choice(places(tree) or [({}, 0)])
-        value = container.get(key) if isinstance(container, dict) else container[key] if key < len(container) else None
+        container = rng.choice(containers(tree) or [[0]])
+        key = rng.choice(list(container) if isinstance(container, dict) else range(len(container)))
+        value = container[key]
         way = rng.randrange(6)
         if isinstance(value, torch.Tensor) and way < 3:
             value = value.reshape(-1)
@@ -614,7 +610,7 @@ def tampered(tree, rng):
             container[rng.choice(["x", "", "a.b", "bits x", "../x", 3])] = container.pop(key)
         elif way == 2 and isinstance(value, (int, float)):
             container[key] = rng.choice([-value, value + 1, value * 1000, float(value), str(value)])
-        elif key in container or isinstance(container, list):
+        else:
             container[key] = copy.deepcopy(rng.choice(ODD))
     return tree
 
@@ -686,13 +682,13 @@ def test_damaged_checkpoints(seed, checkpoints, data, tmp_path, checked, monkeyp
             file.write_bytes(scrambled(checkpoints[which].read_bytes(), rng))
         script = rng.choice(["evaluate.py", "prune.py", "train.py"])
         if script == "evaluate.py":
-            checked(script, file, "--data", data, "--crops", "1", "--workers", "0", "--device", "cpu", "--json", tmp_path / "out.json",
-                    out=tmp_path / "out.json")
+            checked(script, file, "--data", data, "--crops", "1", "--workers", "0", "--device", "cpu",
+                    "--json", tmp_path / "out.json", out=tmp_path / "out.json")
         elif script == "prune.py":
             checked(script, file, "--out", tmp_path / "out.pt", "--no-latency", out=tmp_path / "out.pt")
         else:
-            checked(script, "--backbone" if which == "backbone" else "--start-from", file, "--data", data, *SMALL, "--epochs", "0",
-                    "--bn-as-trained", "--out", tmp_path / "out", out=tmp_path / "out")
+            checked(script, "--backbone" if which == "backbone" else "--start-from", file, "--data", data, *SMALL,
+                    "--epochs", "0", "--bn-as-trained", "--out", tmp_path / "out", out=tmp_path / "out")
         if case % 5 == 0:
             try:
                 ba2ps.load_dense(file)
@@ -722,6 +718,6 @@ def test_damaged_data(what, trained, tmp_path, checked):  # noqa: F811
             checked("evaluate.py", trained / "model.pt", "--data", root, "--crops", "1", "--workers", "0", "--device", "cpu",
                     "--results", tmp_path / "out.json", *extra, out=tmp_path / "out.json")
         else:
-            checked("train.py", "--backbone", trained / "backbone.pt", "--data", root, *SMALL, "--epochs", "0", "--bn-as-trained",
-                    "--out", tmp_path / "out", *extra, out=tmp_path / "out")
+            checked("train.py", "--backbone", trained / "backbone.pt", "--data", root, *SMALL, "--epochs", "0",
+                    "--bn-as-trained", "--out", tmp_path / "out", *extra, out=tmp_path / "out")
         file.write_bytes(content)
