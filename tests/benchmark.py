@@ -204,8 +204,8 @@ def data(args):
             evaluate.random_crops([image for image, _ in batch], 64, True, torch.Generator())
         pixels = file.stat().st_size
         used, listed = ((bytes_ - before) / 1e6 for bytes_ in (anonymous(), listed))
-        print(f"a domain of {number:,} images: {pixels / 1e9:.1f} GB of pixels; {used:.0f} MB of memory after 500 batches at 64 "
-              f"pixels,\n   {listed:.0f} of them for its list; {largest / 1e6:.0f} MB at most, while JSON is read")
+        print(f"a domain of {number:,} images: {pixels / 1e9:.1f} GB of pixels; {used:.0f} MB of memory after 500 batches at "
+              f"64 pixels,\n   {listed:.0f} of them for its list; {largest / 1e6:.0f} MB at most, while JSON is read")
 
 
 def show(what, value, unit, most, more):

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import struct
+import sys
 import warnings
 import zipfile
 import zlib
@@ -113,15 +114,16 @@ def test_memory_the_cache_and_worker_processes_give_the_same_pixels(tmp_path, mo
 
 @pytest.mark.parametrize("change", ["touched", "rewritten", "added", "another order", "larger"])
 def test_the_cache_knows_when_its_source_changed(root, change):
-    images = images_of(root)
-    before, path, size = pixels(images), images.paths[0], 32
+    def write(path, colour, side, time_ns):
+        Image.new("RGB", (side, side), (colour, 2, 3)).save(path, "BMP")
+        os.utime(path, ns=(time_ns, time_ns))
+    for i, path in enumerate(images_of(root).paths):
+        write(path, i, 36, 7)  # all of one size and time
+    before, size = pixels(images_of(root)), 32
     if change == "touched":
-        Image.new("RGB", (36, 36), (1, 2, 3)).save(path, "BMP")
-        os.utime(path, ns=(7, 7))
+        write(path, 99, 36, 8)
     elif change == "rewritten":
-        status = os.stat(path)
-        Image.new("RGB", (40, 40), (1, 2, 3)).save(path, "BMP")
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        write(path, 99, 40, 7)
     elif change == "added":
         Image.new("RGB", (36, 36), (1, 2, 3)).save(root / "new.png")
         edit(root, lambda c: (c["images"].insert(0, {"id": 99, "file_name": "new.png"}),
@@ -337,7 +339,8 @@ def test_skip_broken_in_the_scripts(trained, tmp_path, capsys):  # noqa: F811
     assert code == 2 and err.count("\n") == 1 and "--results" in err and "birds" in err
     assert not (tmp_path / "r.json").exists()
     for splits, number in ((["train"], "1 of 18 images of train"), (["train", "val"], "2 of 36 images of train and val")):
-        words = [*SMALL, "--backbone", trained / "backbone.pt", "--epochs", "1", "--out", tmp_path / "o", "--splits", *splits]
+        words = [*SMALL, "--backbone", trained / "backbone.pt", "--epochs", "1", "--splits", *splits]
+        words += ["--out", tmp_path / "run"]
         code, out, err = run("train.py", *common, *words, capsys=capsys)
         assert code == 2 and err.count("\n") == 1 and "--skip-broken" in err
         code, out, err = run("train.py", *common, *words, "--skip-broken", capsys=capsys)
@@ -502,7 +505,7 @@ def memory():
         import resource
     except ImportError:
         return 0
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @pytest.mark.parametrize("kind", TAMPERED)
