@@ -143,7 +143,7 @@ class Decoder(Dataset):
         return *pixels.shape[:2], pixels.transpose(2, 0, 1).tobytes()
 
     def rgb(self, image):
-        (short, long), most = sorted(image.size), Image.MAX_IMAGE_PIXELS
+        (short, long), most = sorted(image.size), Image.MAX_IMAGE_PIXELS or float("inf")
         if short < 1:
             raise ValueError("it has no pixels")
         if self.side * self.side * long > most * short:
@@ -175,7 +175,7 @@ def write_pixels(file, paths, side, digest, workers=0, progress=lambda n: None):
                 file.write(item[2])
             progress(len(items))
     except RuntimeError as error:
-        raise InputError(f"the processes that decode images have died, give fewer --workers: {error}") from None
+        raise InputError(f"a process that decodes images has died, give fewer --workers: {error}") from None
     file.write(np.array(sizes, np.int32).T.tobytes() + digest + np.int64(len(sizes)).tobytes())
     return broken
 
@@ -298,16 +298,16 @@ class Images:
         errors = []
 
         def write(part):
-            with open(part, "wb") as whole:
-                errors.extend(write_pixels(whole, paths, self.side, digest, workers, progress))
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for part in file.parent.glob(f"{file.name}.*.part"):  # of a run that was killed
-                if time.time() - part.stat().st_mtime > 3600:
-                    part.unlink()
-            ba2ps.write_whole(file, write)
-        except (OSError, InputError) as error:
-            raise InputError(f"the cache cannot be written, choose another --cache DIR or none: {error}") from None
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                for left in file.parent.glob(f"{file.name}.*.part"):  # by a run that was killed
+                    if time.time() - left.stat().st_mtime > 3600:
+                        left.unlink()
+                with open(part, "wb") as whole:
+                    errors.extend(write_pixels(whole, paths, self.side, digest, workers, progress))
+            except OSError as error:
+                raise InputError(f"--cache {file.parent} cannot be written, choose another or none: {error}") from None
+        ba2ps.write_whole(file, write)
         return map_pixels(file, digest), errors
 
     def __len__(self):

@@ -170,6 +170,22 @@ def test_a_build_that_is_stopped_or_killed_leaves_nothing_that_is_taken_for_whol
     assert not killed.exists() and fresh.exists()
 
 
+def test_a_worker_process_that_dies_and_a_full_disk_get_one_line(tmp_path, monkeypatch):
+    write_domain(tmp_path, per_class=90)
+    monkeypatch.setattr(evaluate.Decoder, "__getitem__", lambda self, i: os._exit(9))
+    with pytest.raises(InputError, match="fewer --workers") as error:
+        images_of(tmp_path).decode(workers=1)
+    assert str(error.value).isprintable()
+    monkeypatch.undo()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(evaluate, "write_pixels", full)
+    with pytest.raises(InputError, match="--cache .*choose another or none.*No space left"):
+        images_of(tmp_path).decode()
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_the_cache_goes_beside_the_data_or_to_the_users_caches(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert evaluate.cache_folder(tmp_path) == tmp_path / "cache"
