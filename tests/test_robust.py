@@ -557,7 +557,7 @@ def test_archives_that_could_run_code_or_unfold_are_refused_before_they_are_read
 RECORDS = {  # what a checkpoint says of a domain, and what is wrong with it
     "mean": [[0.5, 0.5], [0.5] * 4, [0.5, 0.5, float("nan")], "grey", None, [0.5, 0.5, "0.5"]],
     "std": [[0.0, 0.2, 0.2], [-1.0, 1.0, 1.0], [0.2], [float("inf"), 1.0, 1.0], None],
-    "category_ids": [[7, 7], [7], ["7", "17"], None, [7, 17, 27, 37], 3],
+    "category_ids": [[7, 7, 17], [7], ["7", "17"], None, [7, 17, 27, 37], 3],
     "classes": [["a"], "ab", [1, 2], None],
     "mirror": [None, 1, "yes"],
 }
