@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import ba2ps
 from ba2ps import InputError
-from evaluate import (Images, accuracy, check_device, describe, load_model, predict, progress_line, stop,
-                      training_batch, write_json)
+from evaluate import (Images, accuracy, check_device, data_flags, data_options, describe, load_model, predict,
+                      progress_line, stop, training_batch, write_json)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the method: domains in round robin; cross-entropy + budget + sharing; two optimizers and a multiplier per domain
@@ -285,7 +285,7 @@ def parse():
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=int, default=2, help="processes that decode domains too large to be kept in memory")
+    data_flags(parser)
     add("--out", metavar="DIR", help="default: runs/{source}-{every flag of the method that is not the paper's}")
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
@@ -357,9 +357,7 @@ def main():
         args.source = network.source
     else:
         args.source = args.source or "imagenet12"
-        record = describe(args.data, args.source, args.image_size, args.no_mirror)
-        network = ba2ps.WideResNet(args.depth, args.widen_factor, args.source, len(record["classes"]))
-        facts = {"image_size": args.image_size, "domains": {args.source: record}}
+        facts = {"image_size": args.image_size, "domains": {}}
 
     layers = ba2ps.switched_layers(network).values()
     least = len(layers) / sum(layer.total_channels for layer in layers)
@@ -376,17 +374,24 @@ def main():
         raise InputError(f"--no-mirror {' '.join(sorted(unknown))}: no such domain in {args.data}")
     if len({*domains, args.source}) <= len(domains):
         raise InputError(f"--domains {' '.join(domains)}: give each once, and not the source {args.source}")
+    options = data_options(args)
     train, val = {}, {}
     for domain in domains if given else [args.source, *domains]:
         ba2ps.check_name(domain)
-        if domain not in facts["domains"]:
-            facts["domains"][domain] = describe(args.data, domain, args.image_size, args.no_mirror)
-        ids = facts["domains"][domain]["category_ids"]
-        train[domain] = Images(args.data, domain, args.splits, args.image_size, ids)
-        val[domain] = None if "val" in args.splits else Images(args.data, domain, ["val"], args.image_size, ids)
+        ids = facts["domains"][domain]["category_ids"] if domain in facts["domains"] else None
+        train[domain] = Images(args.data, domain, args.splits, args.image_size, ids, **options)
+        ids = train[domain].category_ids
+        val[domain] = None if "val" in args.splits else Images(args.data, domain, ["val"], args.image_size, ids, **options)
         for images in filter(None, (train[domain], val[domain])):
             if not images.labelled:
                 raise InputError(f"{domain} has no labels in split {' '.join(images.splits)}: training needs them")
+    if not given:
+        network = ba2ps.WideResNet(args.depth, args.widen_factor, args.source, len(train[args.source].classes))
+    for domain in train:
+        for images in filter(None, (train[domain], val[domain])):
+            images.decode(args.workers)
+        if domain not in facts["domains"]:
+            facts["domains"][domain] = describe(train[domain], args.no_mirror)
     out = Path(args.out or "runs/" + run_name(args))
     try:
         out.mkdir(parents=True, exist_ok=True)
