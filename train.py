@@ -359,11 +359,6 @@ def main():
         args.source = args.source or "imagenet12"
         facts = {"image_size": args.image_size, "domains": {}}
 
-    layers = ba2ps.switched_layers(network).values()
-    least = len(layers) / sum(layer.total_channels for layer in layers)
-    if args.budget < least:
-        raise InputError(f"--budget {args.budget:g} is below one channel per layer, {least:.4f} of this network: give more")
-
     # the data: everything is looked at before the first step is taken
     annotated = sorted(path.name[:-len("_train.json")] for path in Path(args.data, "annotations").glob("*_train.json"))
     domains = args.domains or [domain for domain in annotated if domain != args.source]
@@ -387,6 +382,10 @@ def main():
                 raise InputError(f"{domain} has no labels in split {' '.join(images.splits)}: training needs them")
     if not given:
         network = ba2ps.WideResNet(args.depth, args.widen_factor, args.source, len(train[args.source].classes))
+    layers = ba2ps.switched_layers(network).values()
+    least = len(layers) / sum(layer.total_channels for layer in layers)
+    if args.budget < least:
+        raise InputError(f"--budget {args.budget:g} is below one channel per layer, {least:.4f} of this network: give more")
     for domain in train:
         for images in filter(None, (train[domain], val[domain])):
             images.decode(args.workers)
