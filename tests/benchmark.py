@@ -2,12 +2,19 @@
 """What the project promises, measured: no test, for time depends on the machine; figures are ratios.
 
   python tests/benchmark.py inference     # size and speed of pruned WRN-28-4: nine domains, shared random masks, 64 px
+  python tests/benchmark.py training      # a step with switches beside one without, one of fine-tuning, and the least there is
   python tests/benchmark.py data          # what reading images costs beside WRN-28-1 at 32 px, and what a million of them
 
 inference: params as stored, and the speed-up of one domain's dense network over the backbone in its own fastest memory
 format, as a share of what the ratio of MACs promises. Eager mode; --compile adds torch.compile, apart. With the package
 torch-pruning installed, the same backbone pruned by it to the same channels where it can (it has no gathers: the
 residual stream is one width per group, so block inputs stay as wide as the stream) is timed next to ours.
+
+training: a step of batch 32 with switches, budget and sharing loss over ten domains, both optimizers; the same step of the
+frozen backbone without switches; full fine-tuning; and the floor, one forward and one input-gradient pass of the frozen
+backbone. Medians of interleaved repeats, each in its own faster memory format. What the sharing loss takes is the difference to
+the same step without it. The rate of the convolutions is held against that of a large matrix product. Peak memory is that of
+a process of its own for each kind of step, less what it was before the first.
 
 data: the share of an epoch that goes into batches once the cache is warm, batch 32; images/s from the cache over images/s
 decoded; the evaluation of ten crops over ten forward passes of one crop each, already on the device; and the memory that a
@@ -18,6 +25,7 @@ import argparse
 import copy
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -126,6 +134,89 @@ def _name(memory_format):
     return "channels-last" if memory_format is torch.channels_last else "NCHW"
 
 
+KINDS = ("switches", "no sharing loss", "no switches", "fine-tuning", "floor")
+
+
+def step_of(kind, widen_factor, size, memory_format, domains=10):
+    """A function that does one training step of this kind, batch 32."""
+    torch.manual_seed(0)
+    net = ba2ps.WideResNet(28, widen_factor, "source", 10)
+    names = [f"d{i}" for i in range(domains)]
+    for name in names:
+        net.add_domain(name, 10)
+    if kind in ("no switches", "fine-tuning", "floor"):
+        for layer in ba2ps.switched_layers(net).values():
+            layer.switches.clear()
+    net.freeze_backbone()
+    if kind == "fine-tuning":
+        net.requires_grad_(True)
+    if kind == "floor":
+        net.requires_grad_(False)
+    net.to(memory_format=memory_format).train()
+    x = torch.randn(32, 3, size, size).to(memory_format=memory_format).requires_grad_(kind == "floor")
+    y = torch.randint(10, (32,))
+    switches = [p for name, p in net.named_parameters() if ".switches." in name]
+    weights = [p for name, p in net.named_parameters() if p.requires_grad and ".switches." not in name]
+    optimizers = [torch.optim.SGD(weights, lr=1e-3, momentum=0.9)] if weights else []
+    optimizers += [torch.optim.Adam(switches, lr=1e-4)] if switches else []
+
+    def step():
+        loss = F.cross_entropy(net(x, "d0"), y)
+        if switches:
+            s = ba2ps.binary_switches(net, names if kind == "switches" else names[:1])
+            loss = loss + ba2ps.budget_loss(s[0], 0.5, 1.0)
+            if kind == "switches":
+                loss = loss + ba2ps.sharing_loss(s, 0.5)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        x.grad = None
+    return step
+
+
+def peak_of(kind, widen_factor, size, memory_format):
+    """Bytes that three steps add to the peak of a process of its own."""
+    words = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import benchmark, torch; " \
+            f"step = benchmark.step_of({kind!r}, {widen_factor}, {size}, {memory_format}); before = benchmark.peak(); " \
+            "[step() for _ in range(3)]; print(benchmark.peak() - before)"
+    return int(subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True).stdout)
+
+
+def training(args):
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, batch 32; * a bar that is missed")
+    formats = {torch.channels_last: "channels-last", torch.contiguous_format: "NCHW"}
+    for widen_factor, size in ((4, 64), (2, 32)):
+        steps = {(kind, form): step_of(kind, widen_factor, size, form) for kind in KINDS for form in formats}
+        times = {key: [] for key in steps}
+        for step in steps.values():
+            step()
+        end = time.time() + args.seconds * len(KINDS)
+        while time.time() < end or len(times["floor", torch.channels_last]) < 3:
+            for key, step in steps.items():
+                times[key].append(timed(step))
+        best = {kind: min(formats, key=lambda form: statistics.median(times[kind, form])) for kind in KINDS}
+
+        def ratio(kind, other):
+            return statistics.median(a / b for a, b in zip(times[kind, best[kind]], times[other, best[other]]))
+
+        a = torch.randn(1536, 1536)
+        rate = 1536**3 / statistics.median(timed(lambda: a @ a) for _ in range(15))
+        macs = 2 * 32 * ba2ps.macs(ba2ps.WideResNet(28, widen_factor, "source", 10), None, size)  # forward, and back to x
+        spent = statistics.median(times["switches", best["switches"]])
+        print(f"WRN-28-{widen_factor}, {size} px: {1e3 * spent:.0f} ms a step with switches, {formats[best['switches']]}")
+        show("   over no switches", ratio("switches", "no switches"), "x", 1.05, "")
+        show("   over full fine-tuning", ratio("switches", "fine-tuning"), "x", 0.70, "")
+        show("   the sharing loss, of a step", 100 * (1 - 1 / ratio("switches", "no sharing loss")), "%", 2, "ten domains")
+        show("   the floor, of a step", 100 / ratio("switches", "floor"), "%", None, "forward and input gradient alone")
+        show("   of the matrix-product rate", 100 * macs / spent / rate, "%", None, f"{2e-9 * rate:.0f} GFLOP/s")
+        memory = {kind: peak_of(kind, widen_factor, size, best[kind]) for kind in ("switches", "no switches", "fine-tuning")}
+        show("   peak memory over no switches", memory["switches"] / memory["no switches"], "x", 1.05,
+             f"{memory['switches'] / 1e6:.0f} MB")
+        show("   peak memory over fine-tuning", memory["switches"] / memory["fine-tuning"], "x", 0.75, "")
+
+
 def write_images(root, number, listed=None):
     """A domain `noise` of so many JPEGs with a shorter side of 72 pixels, listed again and again up to `listed`."""
     rng, folder = np.random.default_rng(0), Path(root, "data")
@@ -227,14 +318,14 @@ def peak():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["inference", "data"])
-    parser.add_argument("--seconds", type=float, default=20, help="of interleaved repeats, for each batch size")
+    parser.add_argument("what", choices=["inference", "training", "data"])
+    parser.add_argument("--seconds", type=float, default=20, help="of interleaved repeats, for each batch size or kind of step")
     parser.add_argument("--round-to", type=int, default=1, metavar="N")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
     parser.add_argument("--repeats", type=int, default=5, help="of data")
     parser.add_argument("--images", type=int, default=10**6, help="of data's large domain")
     args = parser.parse_args()
-    {"inference": inference, "data": data}[args.what](args)
+    {"inference": inference, "training": training, "data": data}[args.what](args)
 
 
 if __name__ == "__main__":
