@@ -385,7 +385,7 @@ def check_arguments(args, before, path):
 
 def only_run(out):
     """A file that this process holds locked until it ends, however it ends; InputError where another one does."""
-    file = open(out / ".lock", "w")
+    file = open(out / ".lock", "a")
     try:
         if fcntl:  # without it (Windows) nobody is refused
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its workers do not inherit it
