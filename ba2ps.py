@@ -989,7 +989,9 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as error:
         if os.path.isfile(part):
             os.remove(part)
-        raise InputError(f"cannot write {path}: {_first_line(error)}") from None
+        # torch's writer counts bytes and does not say why some are missing
+        reason = _first_line(error) if isinstance(error, OSError) else f"is the disk full? ({_first_line(error)})"
+        raise InputError(f"cannot write {path}: {reason}") from None
 
 
 def load(path):
