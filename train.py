@@ -498,8 +498,10 @@ class State:
         if not self.signal:
             return False
         go_on = shlex.join([word for word in sys.argv if word != "--resume"] + ["--resume"])
-        if processes()[0] == 0:
-            print(f"{Path(sys.argv[0]).name}: stopped by {self.signal.name}{when}; to go on: python {go_on}",
+        rank, number = processes()
+        if rank == 0:
+            command = "python" if number == 1 else f"torchrun --nproc_per_node={number}"
+            print(f"{Path(sys.argv[0]).name}: stopped by {self.signal.name}{when}; to go on: {command} {go_on}",
                   file=sys.stderr, flush=True)
         sys.exit(128 + self.signal)
 
