@@ -1012,7 +1012,9 @@ def write_whole(path, write):
         write(part)
         os.replace(part, path)  # in one piece: a reader sees the old file or the new one
     except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot write {path}: {_first_line(error)}") from None
+        # torch's writer counts bytes and does not say why some are missing
+        reason = _first_line(error) if isinstance(error, OSError) else f"is the disk full? ({_first_line(error)})"
+        raise InputError(f"cannot write {path}: {reason}") from None
     finally:  # also of what was stopped by hand
         if os.path.isfile(part):
             os.remove(part)

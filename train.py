@@ -6,32 +6,49 @@
   python train.py --data decathlon --backbone backbone.pt --budget 0.25 --recipe held        # never over budget, all share
   python train.py --data decathlon --backbone backbone.pt --budget 0.25 --sharing 0 --independent            # BA2
 
-Leaves backbone.pt, model.pt and log.csv in --out. `adapt` below is the method, and every other experiment of the paper.
+Leaves backbone.pt, model.pt and log.csv in --out, and until it is finished state.pt: after a crash, Ctrl-C or SIGTERM the
+same command with --resume goes on, to the same weights. `torchrun --nproc_per_node=N train.py ...` shares each batch among
+N GPUs, or N processes on the CPU. `adapt` below is the method, and every other experiment of the paper.
 """
 import argparse
 import copy
 import csv
+import datetime
+import io
 import json
 import math
 import os
+import shlex
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 import ba2ps
 from ba2ps import InputError
 from evaluate import (Images, accuracy, check_device, data_flags, data_options, describe, load_model, predict,
-                      progress_line, stop, training_batch, write_json)
+                      progress_line, stop, training_batch)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the method: domains in round robin; cross-entropy + budget + sharing; two optimizers and a multiplier per domain
 
-def adapt(network, domains, facts, train, val, args, log):
-    """Train what `domains` own, all else frozen. train, val: {domain: Images}, val[domain] None for no accuracy."""
+def adapt(network, domains, facts, train, val, args, state, phase):
+    """Train what `domains` own, all else frozen. train, val: {domain: Images}, val[domain] None for no accuracy.
+
+    phase: which training of this run it is, 1, 2, ...; with it `state` knows from where to go on.
+    """
     network.freeze_backbone()
     if args.adapt == "all":
         network.requires_grad_(True)
@@ -48,15 +65,21 @@ def adapt(network, domains, facts, train, val, args, log):
     learned = args.sharing == "learned"
     sharing = ba2ps.KKTMultiplier(args.multiplier_lr if learned else 0, 0 if learned else args.sharing)  # lambda_PS
     order = torch.Generator().manual_seed(args.seed)  # of domains, images, crops and mirroring
-    progress = progress_line(args.epochs * sum(len(train[domain]) for domain in domains), "adapting")
+    parts = {"weights": weight_optimizer, "switches": switch_optimizer, "rate of weights": rates[0],
+             "rate of switches": rates[1], "lambda_PS": sharing, **{f"lambda of {d}": multipliers[d] for d in domains}}
+    start, first, plan, losses = state.enter(phase, network, domains, order, parts)
+    number = processes()[1]  # each adds its share of the loss
+    progress = counter((args.epochs + 1 - start) * sum(len(train[domain]) for domain in domains), "adapting")
 
-    for epoch in range(1, args.epochs + 1):
-        losses = dict.fromkeys(domains, 0.0)
+    for epoch in range(start, args.epochs + 1):
         network.train()
-        plan = schedule(args.schedule, {domain: len(train[domain]) for domain in domains}, args.batch_size, order)
-        feeds = {domain: train[domain].batches([part[domain] for part in plan if domain in part], args.workers)
-                 for domain in domains}
-        for step, part in enumerate(plan):  # part: {domain: indices of its images}, of one domain or, mixed, of several
+        if plan is None:
+            losses = dict.fromkeys(domains, 0.0)
+            plan = schedule(args.schedule, {domain: len(train[domain]) for domain in domains}, args.batch_size, order)
+        feeds = {domain: train[domain].batches([own_rows(part[domain]) for part in plan[first:] if domain in part],
+                                               args.workers) for domain in domains}
+        # part: {domain: indices of its images}, of one domain or, mixed, of several
+        for step, part in enumerate(plan[first:], first):
             done, then = ((epoch - 1 + k / len(plan)) / args.epochs for k in (step, step + 1))  # before this step, after it
             budget = args.budget + (1 - args.budget) * max(0.0, 1 - then / args.shrink) if args.shrink else args.budget
             settled = done >= args.settle
@@ -64,34 +87,38 @@ def adapt(network, domains, facts, train, val, args, log):
                 for parameter in switches:
                     parameter.requires_grad_(False)
 
-            loss, size = 0.0, sum(map(len, part.values()))
-            for domain in part:
+            loss, size, tasks = 0.0, sum(map(len, part.values())), []
+            for domain, indices in part.items():
                 items, record = next(feeds[domain]), facts["domains"][domain]
-                x, y = training_batch(items, args.image_size, record, order, args.device)    # (B, 3, S, S), (B,)
+                x, y = own_crops(items, len(indices), record, order, args)                   # (B, 3, S, S), (B,)
                 with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
                     logits = network(x, domain)
-                task = F.cross_entropy(logits.float(), y)
+                task = F.cross_entropy(logits.float(), y) if items else 0 * logits.sum()
                 loss = loss + task * (len(items) / size)
-                losses[domain] += task.item() * len(items) / len(train[domain])
+                tasks.append(task.item() * len(items))
             own = ba2ps.binary_switches(network, list(part))                                 # (domains of the batch, M)
             for domain, s in zip(part, own):
                 # held, the usage is beta and the hinge would be flat; but its price has to go on working through Adam, which
                 # moves a switch by the price over the size of its gradients: so it is the unimportant ones that go off
                 price = multipliers[domain].value
-                loss = loss + (price * s.mean() if args.hold else ba2ps.budget_loss(s, budget, price))
+                loss = loss + (price * s.mean() if args.hold else ba2ps.budget_loss(s, budget, price)) / number
             if sharing.value or sharing.lr:
                 # without sharing the other domains get no gradient at all: a zero one would let Adam's momentum move them
                 others = [domain for domain in domains if domain not in part]
                 with torch.set_grad_enabled(args.share_to == "all"):
                     s = torch.cat([own, ba2ps.binary_switches(network, others)]) if others else own  # (N, M)
-                loss = loss + ba2ps.sharing_loss(s, budget, sharing.value, args.sharing_loss)
+                loss = loss + ba2ps.sharing_loss(s, budget, sharing.value, args.sharing_loss) / number
                 sharing.update(ba2ps.sharing_excess(s.detach(), budget, args.sharing_loss).item(), 0)
-            if not math.isfinite(loss.item()):
-                raise InputError(f"the loss of {domain} is {loss.item()} in epoch {epoch}: lower --lr or --switch-lr")
-
             weight_optimizer.zero_grad()
             switch_optimizer.zero_grad()
             loss.backward()
+            loss, *tasks = add_up(weights + switches, [loss.item(), *tasks], state)
+            if not math.isfinite(loss):
+                broken = [domain for domain, task in zip(part, tasks) if not math.isfinite(task)]
+                raise InputError(f"the loss of {', '.join(broken or part)} is {loss} in epoch {epoch}, step {step + 1}: "
+                                 "lower --lr or --switch-lr; the last good checkpoint stays")
+            for domain, task in zip(part, tasks):
+                losses[domain] += task / len(train[domain])
             weight_optimizer.step()
             if not settled:
                 for group in switch_optimizer.param_groups if args.settle < math.inf else ():
@@ -104,36 +131,44 @@ def adapt(network, domains, facts, train, val, args, log):
                 for domain in domains if args.hold and budget < 1 else ():
                     ba2ps.hold_budget(network, domain, budget)
             progress(size)
+            state.step_done(epoch, step + 1, plan, losses)
+        state.save(epoch, len(plan), [], losses)  # before validation, which may take long
+        first, plan = 0, None
         for rate in rates:
             rate.step()
-        report(network, domains, facts, val, args, log, epoch, losses, multipliers)
+        report(network, domains, facts, val, args, state, epoch, losses, multipliers)
 
     if not args.bn_as_trained:
         for domain in domains:
-            record, images = facts["domains"][domain], train[domain]
-            shuffled = torch.randperm(len(images), generator=order).split(128)
+            record, shuffled = facts["domains"][domain], torch.randperm(len(train[domain]), generator=order).split(128)
+            feed = train[domain].batches([own_rows(part) for part in shuffled], args.workers)
             ba2ps.reestimate_batch_norm(network, domain, (
-                training_batch(items, args.image_size, record, order, args.device)[0]
-                for items in images.batches(shuffled, args.workers)))
-        print("batch-norm statistics re-estimated for the final switches:")
-        report(network, domains, facts, val, args, log, "final", losses, multipliers)
+                own_crops(items, len(part), record, order, args)[0]
+                for items, part in zip(feed, shuffled) if not state.stopped()))
+        say("batch-norm statistics re-estimated for the final switches:")
+        report(network, domains, facts, val, args, state, "final", losses, multipliers)
     facts.setdefault("multipliers", {}).update({domain: multipliers[domain].state_dict() for domain in domains})
 
 
-def fine_tune(network, domains, facts, train, val, args, log, out):
+def fine_tune(network, domains, facts, train, val, args, state, out):
     """A network of its own for every domain, all weights trained: {domain}.pt, and their accuracies, the baseline of S."""
-    baseline = {}
-    for domain in domains:
+    baseline = state.baseline
+    for phase, domain in enumerate(domains, 1):
+        if phase < state.phase:
+            continue
         alone, record = copy.deepcopy(network), facts["domains"][domain]
         torch.manual_seed(args.seed)
         alone.add_domain(domain, len(record["classes"]))
-        adapt(alone, [domain], facts, train, val, args, log)
+        adapt(alone, [domain], facts, train, val, args, state, phase)
+        if processes()[0]:
+            continue
         baseline[domain] = accuracy(predict(alone, domain, record, val[domain], None, 32, args.device, args.workers), val[domain])
         alone.remove_domain(args.source)  # its weights are no longer the backbone's
         ba2ps.save(out / f"{domain}.pt", alone, **{**facts, "domains": {domain: record}, "budget": 1.0, "arguments": vars(args)})
         print(f"saved {out / domain}.pt: {baseline[domain]:.2f}% on val")
-    write_json(out / "baseline.json", baseline)
-    print(f"saved {out / 'baseline.json'}; next: python evaluate.py MODEL --data {args.data} --baseline {out / 'baseline.json'}")
+    write_once(out / "baseline.json", lambda part: Path(part).write_text(json.dumps(baseline, indent=1), encoding="utf-8"))
+    state.finish()
+    say(f"saved {out / 'baseline.json'}; next: python evaluate.py MODEL --data {args.data} --baseline {out / 'baseline.json'}")
 
 
 def schedule(name, sizes, batch_size, order):
@@ -160,73 +195,357 @@ def schedule(name, sizes, batch_size, order):
     return [batch for _, _, batch in sorted(when, key=lambda entry: entry[:2])]
 
 
-def report(network, domains, facts, val, args, log, epoch, losses, multipliers):
+def report(network, domains, facts, val, args, state, epoch, losses, multipliers):
     """One line on the screen and a row per domain in the log; accuracies are those of the centre crop."""
+    if processes()[0]:
+        return
     shared, (_, sparsity_all) = ba2ps.intersection(network, domains), ba2ps.sparsity(network, domains)
     cells = []
     for domain in domains:
-        on, correct = ba2ps.usage(network, domain), validate(network, facts, val, domain, args)
+        on, correct = ba2ps.usage(network, domain), validate(network, facts, val, domain, args, state)
         cells.append(f"{domain} {losses[domain]:.2f} {'-' if correct is None else format(correct, '.1f')}% on {on:.2f}")
-        log.row(phase="adapt", epoch=epoch, domain=domain, loss=losses[domain], val_accuracy=correct, usage=on,
-                intersection=shared, sparsity_all=sparsity_all, multiplier=multipliers[domain].value)
+        state.log.row(phase="adapt", epoch=epoch, domain=domain, loss=losses[domain], val_accuracy=correct, usage=on,
+                      intersection=shared, sparsity_all=sparsity_all, multiplier=multipliers[domain].value)
     largest = max(multipliers.values(), key=lambda multiplier: multiplier.value).value
     print(f"epoch {epoch} | {' | '.join(cells)} | intersection {shared:.2f} | sparsity all {sparsity_all:.2f} | "
           f"multiplier up to {largest:.2f}", flush=True)
 
 
-def validate(network, facts, val, domain, args):
-    """Accuracy (%) of the centre crop on val, None where val is trained on."""
-    if val.get(domain) is None:
+def validate(network, facts, val, domain, args, state):
+    """Accuracy (%) of the centre crop on val, None where val is trained on, and in all processes but the first."""
+    if val.get(domain) is None or processes()[0]:
         return None
-    return accuracy(predict(network, domain, facts["domains"][domain], val[domain], 1, 128, args.device, args.workers),
-                    val[domain])
+    return accuracy(predict(network, domain, facts["domains"][domain], val[domain], 1, 128, args.device, args.workers,
+                            lambda number: state.stopped()), val[domain])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the backbone
 
-def train_backbone(network, facts, train, val, args, log):
+def train_backbone(network, facts, train, val, args, state):
     """Train all weights on the source: SGD with Nesterov momentum, weight decay 5e-4, one-cycle rate up to 0.1, batch 64."""
     source, record = network.source, facts["domains"][network.source]
-    steps = args.backbone_epochs * math.ceil(len(train) / 64)
+    steps = max(1, args.backbone_epochs * math.ceil(len(train) / 64))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
     order = torch.Generator().manual_seed(args.seed)
-    progress = progress_line(args.backbone_epochs * len(train), "backbone")
-    for epoch in range(1, args.backbone_epochs + 1):
+    start, first, plan, losses = state.enter(0, network, [source], order, {"weights": optimizer, "rate": schedule})
+    progress = counter((args.backbone_epochs + 1 - start) * len(train), "backbone")
+    for epoch in range(start, args.backbone_epochs + 1):
         network.train()
-        total = 0.0
-        for items in train.batches(torch.randperm(len(train), generator=order).split(64), args.workers):
-            x, y = training_batch(items, args.image_size, record, order, args.device)
+        if plan is None:
+            losses, plan = {source: 0.0}, torch.randperm(len(train), generator=order).split(64)
+        for step, items in enumerate(train.batches([own_rows(part) for part in plan[first:]], args.workers), first):
+            size = len(plan[step])
+            x, y = own_crops(items, size, record, order, args)
             with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
                 logits = network(x, source)
-            loss = F.cross_entropy(logits.float(), y)
+            loss = F.cross_entropy(logits.float(), y) if items else 0 * logits.sum()
             optimizer.zero_grad()
-            loss.backward()
+            (loss * (len(items) / size)).backward()
+            total, = add_up(network.parameters(), [loss.item() * len(items)], state)
+            if not math.isfinite(total):
+                raise InputError(f"the loss of {source} is {total / size} in epoch {epoch} of the backbone, step {step + 1}: "
+                                 "check its images and labels; the last good checkpoint stays")
             optimizer.step()
             schedule.step()
-            total += loss.item() * len(items) / len(train)
-            progress(len(items))
-        if not math.isfinite(total):
-            raise InputError(f"the loss of the backbone is {total} in epoch {epoch}: nothing was written")
-        correct = validate(network, facts, val, source, args)
-        print(f"backbone epoch {epoch} | {source} loss {total:.3f} | "
-              f"val {'-' if correct is None else format(correct, '.1f')}%", flush=True)
-        log.row(phase="backbone", epoch=epoch, domain=source, loss=total, val_accuracy=correct)
+            losses[source] += total / len(train)
+            progress(size)
+            state.step_done(epoch, step + 1, plan, losses)
+        state.save(epoch, len(plan), [], losses)
+        first, plan = 0, None
+        correct = validate(network, facts, val, source, args, state)
+        say(f"backbone epoch {epoch} | {source} loss {losses[source]:.3f} | "
+            f"val {'-' if correct is None else format(correct, '.1f')}%")
+        state.log.row(phase="backbone", epoch=epoch, domain=source, loss=losses[source], val_accuracy=correct)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes: each has the whole network and the same generator, takes its share of every batch, and steps alike
+
+def processes():
+    """(the number of this process, how many there are); the first is 0, and writes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait():
+    if processes()[1] > 1:
+        dist.barrier()
+
+
+def counter(total, what):
+    """progress_line of the first process; the others count in silence."""
+    return progress_line(total, what) if processes()[0] == 0 else lambda number: None
+
+
+def say(line):
+    if processes()[0] == 0:
+        print(line, flush=True)
+
+
+def own_rows(indices):
+    """The part of a batch that this process takes: consecutive rows, none where there are more processes than rows."""
+    rank, number = processes()
+    return indices[len(indices) * rank // number:len(indices) * (rank + 1) // number]
+
+
+def own_crops(items, size, record, order, args):
+    """training_batch of this process's items of a batch of `size`, cropped and mirrored as one process alone would."""
+    rank, number = processes()
+    before = size * rank // number
+    torch.rand(before, 3, generator=order)  # what random_crops draws for the rows of the others
+    if items:
+        batch = training_batch(items, args.image_size, record, order, args.device)
+    else:
+        batch = (torch.zeros(0, 3, args.image_size, args.image_size, device=args.device),
+                 torch.zeros(0, dtype=torch.long, device=args.device))
+    torch.rand(size - before - len(items), 3, generator=order)
+    return batch
+
+
+def add_up(parameters, numbers, state):
+    """Sum gradients, numbers and the wish to stop over the processes, in one all_reduce; returns the numbers.
+
+    Of 4 bytes for each parameter that has a gradient, which is the same ones everywhere, and for each number.
+    """
+    if processes()[1] == 1:
+        return numbers
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    rest = gradients[0].new_tensor([*numbers, float(state.signal or 0)])
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), rest])
+    dist.all_reduce(flat)
+    *sums, rest = flat.split([*map(torch.numel, gradients), len(rest)])
+    for gradient, total in zip(gradients, sums):
+        gradient.copy_(total.view(gradient.shape))
+    *numbers, asked = rest.tolist()
+    state.asked = bool(asked)
+    return numbers
+
+
+class AllReduce(torch.autograd.Function):
+    """The sum over the processes, of the gradient too (torch's own differentiable all_reduce is deprecated from 2.14 on)."""
+    @staticmethod
+    def forward(ctx, values):
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllReduce.forward(ctx, grad)
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d with the statistics of all processes' images; nn.SyncBatchNorm does that too, but on GPUs only.
+
+    x: (B, C, H, W), B may differ between processes and be 0. The sums with the count, then the squared deviations are added
+    up: C + 1 and C floats, and as many again for their gradients.
+    """
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        values = x.float()
+        sums = AllReduce.apply(torch.cat([values.sum((0, 2, 3)), values.new_tensor([values.numel() / values.shape[1]])]))
+        count, mean = sums[-1].detach(), (sums[:-1] / sums[-1].detach())[:, None, None]
+        variance = AllReduce.apply((values - mean).square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.flatten(), momentum)
+            self.running_var.lerp_(variance * count / (count - 1), momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return ((values - mean) * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def share_batch_norm(network):
+    """Make the statistics of every batch-norm those of all processes, if there are several."""
+    for module in network.modules():
+        if isinstance(module, ba2ps.DomainBatchNorm2d) and processes()[1] > 1:
+            for domain, norm in module.items():
+                shared = nn.SyncBatchNorm if norm.weight.is_cuda else SharedBatchNorm2d
+                module[domain] = shared(norm.num_features).to(norm.weight)
+                module[domain].load_state_dict(norm.state_dict())
+
+
+def join_processes(args):
+    """Become one of torchrun's processes, if it started this one: NCCL on GPUs, one for each, gloo on the CPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    kind = torch.device(args.device).type
+    if kind == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    # hours: the others wait while the first one validates
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is on the disk while a run goes on
+
+def write_once(path, write):
+    """ba2ps.write_whole by the first of the processes."""
+    if processes()[0] == 0:
+        ba2ps.write_whole(path, write)
 
 
 class Log:
-    """log.csv: a row per epoch and domain, on disk as soon as it is written."""
+    """log.csv: a row per epoch and domain, on disk as soon as it is written. text: what a resumed run begins with."""
     COLUMNS = ("phase", "epoch", "domain", "loss", "val_accuracy", "usage", "intersection", "sparsity_all", "multiplier")
 
-    def __init__(self, path):
-        self.file = open(path, "w", newline="", encoding="utf-8")
-        self.writer = csv.DictWriter(self.file, self.COLUMNS)
-        self.writer.writeheader()
+    def __init__(self, path, text=""):
+        self.path, self.text = path, io.StringIO(newline="")
+        self.writer = csv.DictWriter(self.text, self.COLUMNS)
+        if text:
+            self.text.write(text)
+        else:
+            self.writer.writeheader()
+        self.write()
 
     def row(self, **cells):
         self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in cells.items()})
-        self.file.flush()
+        self.write()
+
+    def write(self):  # whole, the few rows that there are: neither a kill nor a full disk leaves half a row
+        write_once(self.path, lambda part: Path(part).write_text(self.text.getvalue(), "utf-8", newline=""))
+
+
+class State:
+    """state.pt in --out: what an unfinished run needs to go on as if nothing had happened; removed when it is finished.
+
+    Written before the first step, after the steps of every epoch, and after the step that is running when SIGTERM or
+    Ctrl-C comes (`with state:` catches them; a second one ends at once). It holds the network, all that has a state of its
+    own (optimizers, rates, multipliers, `order`), the epoch, the step, the plan of the epoch and its losses so far, and
+    log.csv. Not torch's own generator: nothing that counts is drawn from it once a network has been initialised.
+
+    phase: the training that is running or, read back, the one to go on with: 0 the backbone, n the n-th call of adapt.
+    """
+    FORMAT = "ba2ps-state-1"
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, out, args, facts, images, resume):
+        """Reads state.pt if there is one and checks it against args and images, {domain: number of training images}."""
+        self.path, self.args, self.facts, self.images = out / "state.pt", args, facts, images
+        self.phase, self.baseline, self.stored, self.signal, self.handlers, self.pid = 0, {}, None, None, {}, os.getpid()
+        self.asked = False  # whether a signal has come to any of the processes
+        if self.path.exists():
+            if not resume:
+                raise InputError(f"--out {out} holds an unfinished run: give --resume to go on with it, or remove "
+                                 f"{self.path}")
+            self.stored = self.read()
+            check_arguments(args, self.stored["arguments"], self.path)
+            for domain, number in images.items():
+                then, now = self.stored["facts"]["domains"].get(domain, {}), facts["domains"][domain]
+                if number != self.stored["images"].get(domain) or then.get("category_ids") != now["category_ids"]:
+                    raise InputError(f"--data {args.data}: {domain} has other images or categories than when {self.path} "
+                                     "was written: give the same data")
+            facts.update(self.stored["facts"])
+            self.phase, self.baseline = self.stored["phase"], self.stored["baseline"]
+        self.log = Log(out / "log.csv", self.stored["log"] if self.stored else "")
+
+    def read(self):
+        try:
+            stored = torch.load(self.path, map_location="cpu", weights_only=True)
+            if stored["format"] == self.FORMAT:
+                return stored
+        except Exception as error:  # torch's reader raises nearly anything on bytes that are no checkpoint
+            raise InputError(f"{self.path} cannot be read ({type(error).__name__}): remove it to start from the "
+                             "beginning") from None
+        raise InputError(f"{self.path} is of another version of train.py: remove it to start from the beginning")
+
+    def enter(self, phase, network, domains, order, parts):
+        """(epoch, step, plan, losses) to begin `phase` with: 1, 0, None and zeros, or those of state.pt, which is then put
+        back into network, order (a torch.Generator) and parts, {name: what has a state_dict}."""
+        self.phase, self.network, self.order, self.parts = phase, network, order, parts
+        stored, self.stored = self.stored, None
+        if stored is None:
+            start = 1, 0, None, dict.fromkeys(domains, 0.0)
+            self.save(*start)
+            return start
+        try:
+            network.load_state_dict(stored["network"])
+            order.set_state(stored["order"])
+            for name, part in parts.items():
+                part.load_state_dict(stored["parts"][name])
+            start = stored["epoch"], stored["step"], stored["plan"], stored["losses"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{self.path} is damaged ({type(error).__name__}): remove it to start from the "
+                             "beginning") from None
+        say(f"going on from {self.path}: epoch {start[0]}, after step {start[1]}")
+        return start
+
+    def save(self, epoch, step, plan, losses):
+        """step: how many of the epoch are done. With all of them done the plan is no longer needed and may be []."""
+        weights = self.network.state_dict()
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise InputError(f"{name} is not finite after step {step} of epoch {epoch}: lower --lr or --switch-lr; the "
+                                 "last good checkpoint stays")
+        content = {"format": self.FORMAT, "arguments": vars(self.args), "facts": self.facts, "images": self.images,
+                   "baseline": self.baseline, "log": self.log.text.getvalue(), "phase": self.phase, "epoch": epoch,
+                   "step": step, "plan": plan, "losses": losses, "network": weights, "order": self.order.get_state(),
+                   "parts": {name: part.state_dict() for name, part in self.parts.items()}}
+        write_once(self.path, lambda part: torch.save(content, part))
+
+    def step_done(self, epoch, step, plan, losses):
+        if self.asked or self.signal and processes()[1] == 1:
+            self.save(epoch, step, plan, losses)
+            self.signal = self.signal or signal.SIGTERM  # it came to another process
+            self.stopped(f" in epoch {epoch}, after step {step}")
+
+    def stopped(self, when=""):
+        """False; where a signal has come, the end of the run: a line that says how to go on, and 128 + its number."""
+        if not self.signal:
+            return False
+        go_on = shlex.join([word for word in sys.argv if word != "--resume"] + ["--resume"])
+        rank, number = processes()
+        if rank == 0:
+            command = "python" if number == 1 else f"torchrun --nproc_per_node={number}"
+            print(f"{Path(sys.argv[0]).name}: stopped by {self.signal.name}{when}; to go on: {command} {go_on}",
+                  file=sys.stderr, flush=True)
+        sys.exit(128 + self.signal)
+
+    def finish(self):
+        if processes()[0] == 0:
+            self.path.unlink()
+
+    def __enter__(self):
+        for number in self.SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as in a job that nohup or a shell has put in the background
+                self.handlers[number] = signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        if os.getpid() != self.pid:
+            return  # Ctrl-C reaches the processes that decode images too, and the step that is running waits for them
+        self.signal = signal.Signals(number)
+        for number in self.handlers:
+            signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def check_arguments(args, before, path):
+    """InputError that names the first flag that differs from `before`, unless it has no say in the weights."""
+    for name, value in vars(args).items():
+        flag = name.replace("_", "-")
+        if name not in ("data", "cache", "workers", "device", "out") and before.get(name, value) != value:
+            raise InputError(f"--resume: {path} was written with --{flag} {before[name]}, not {value}: give the same, or "
+                             "another --out")
+
+
+def only_run(out):
+    """A file that this process holds locked until it ends, however it ends; InputError where another one does."""
+    file = open(out / ".lock", "a")
+    try:
+        if fcntl:  # without it (Windows) nobody is refused
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its workers do not inherit it
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"--out {out}: another run is writing there: wait for its end, or give another --out") from None
+    except OSError:
+        pass  # a file system that cannot lock
+    return file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,6 +605,7 @@ def parse():
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     data_flags(parser)
+    add("--resume", action="store_true", help="go on with the unfinished run in --out; without one there, start it")
     add("--out", metavar="DIR", help="default: runs/{source}-{every flag of the method that is not the paper's}")
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
@@ -331,12 +651,14 @@ def run_name(args):
 
 def main():
     args = parse()
+    join_processes(args)
     torch.manual_seed(args.seed)
     if args.data is None:
         args.data = "runs/toy"
-        if not os.path.isdir(args.data):
+        if not os.path.isdir(args.data) and processes()[0] == 0:
             print(f"no --data: drawing a toy decathlon in {args.data}")
             draw_toy(args.data)
+        wait()
         args.source = args.source or "shapes"
         args.no_mirror = args.no_mirror or ["strokes", "signs", "digits"]
 
@@ -386,41 +708,68 @@ def main():
     least = len(layers) / sum(layer.total_channels for layer in layers)
     if args.budget < least:
         raise InputError(f"--budget {args.budget:g} is below one channel per layer, {least:.4f} of this network: give more")
+    if processes()[0]:
+        wait()  # the first process decodes, the others map what it has cached
     for domain in train:
         for images in filter(None, (train[domain], val[domain])):
             images.decode(args.workers)
         if domain not in facts["domains"]:
             facts["domains"][domain] = describe(train[domain], args.no_mirror)
+    if processes()[0] == 0:
+        wait()
     out = Path(args.out or "runs/" + run_name(args))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        log = Log(out / "log.csv")
+        lock = only_run(out) if processes()[0] == 0 else None  # noqa: F841, it lives as long as main
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error}") from None
+    resume = vars(args).pop("resume")  # how it came about is no property of a model
+    last = out / f"{domains[-1] if args.adapt == 'all' else 'model'}.pt"
+    if resume and not (out / "state.pt").exists():
+        if last.exists():
+            check_arguments(args, ba2ps.load(last)[1].get("arguments", {}), last)
+            say(f"nothing to resume: the run in {out} is finished, {last} is there")
+            return
+        say(f"nothing to resume in {out}: starting from the beginning")
+    state = State(out, args, facts, {domain: len(images) for domain, images in train.items()}, resume)
+    wait()  # until all have looked for state.pt
 
-    print(f"WRN-{network.depth}-{network.widen_factor}, source {args.source}, on {args.device}; adapting to "
-          f"{', '.join(domains)} at beta = {args.budget:g}, lambda_PS = {args.sharing}; writing to {out}", flush=True)
+    say(f"WRN-{network.depth}-{network.widen_factor}, source {args.source}, on {args.device}; adapting to "
+        f"{', '.join(domains)} at beta = {args.budget:g}, lambda_PS = {args.sharing}; writing to {out}")
     network.to(args.device, memory_format=torch.channels_last)
-    if not given:
+    share_batch_norm(network)
+    with state:
+        train_all(network, domains, facts, train, val, args, state, out, backbone=not given)
+
+
+def train_all(network, domains, facts, train, val, args, state, out, backbone):
+    """The phases of a run, of which those before state.phase are done; backbone: whether that is trained first."""
+    if backbone and state.phase:
+        network.load_state_dict(ba2ps.load(out / "backbone.pt")[0].state_dict())
+    elif backbone:
         source_facts = {**facts, "domains": {args.source: facts["domains"][args.source]}, "arguments": vars(args)}
-        train_backbone(network, facts, train.pop(args.source), val, args, log)
-        ba2ps.save(out / "backbone.pt", network, **source_facts)
+        train_backbone(network, facts, train[args.source], val, args, state)
+        if processes()[0] == 0:
+            ba2ps.save(out / "backbone.pt", network, **source_facts)
     for domain in set(network.domains) - set(domains):
         network.remove_domain(domain)
     facts["domains"] = {domain: facts["domains"][domain] for domain in (args.source, *domains)}
     if args.adapt == "all":
-        return fine_tune(network, domains, facts, train, val, args, log, out)
+        return fine_tune(network, domains, facts, train, val, args, state, out)
     for domain in domains:
         if domain not in network.domains:
             torch.manual_seed(args.seed)  # a domain starts alike whatever other domains there are
             network.add_domain(domain, len(facts["domains"][domain]["classes"]))
             if args.distinct:
                 ba2ps.distinct_switches(network, [domain])
-    for group in [[domain] for domain in domains] if args.independent else [domains]:
-        adapt(network, group, facts, train, val, args, log)
+    for phase, group in enumerate([[domain] for domain in domains] if args.independent else [domains], 1):
+        if phase >= state.phase:
+            adapt(network, group, facts, train, val, args, state, phase)
     facts.update(budget=args.budget, arguments=vars(args))
-    ba2ps.save(out / "model.pt", network, **facts)
-    print(f"saved {out / 'model.pt'}; next: python evaluate.py {out / 'model.pt'} --data {args.data}")
+    if processes()[0] == 0:
+        ba2ps.save(out / "model.pt", network, **facts)
+    state.finish()
+    say(f"saved {out / 'model.pt'}; next: python evaluate.py {out / 'model.pt'} --data {args.data}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -621,7 +970,9 @@ def draw_toy(root, seed=0):
 if __name__ == "__main__":
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except InputError as error:
         stop(error)
     except KeyboardInterrupt:
-        stop("stopped; nothing was saved since the last line that says so")
+        stop("stopped before the first step: nothing was written")
