@@ -720,7 +720,9 @@ def main():
     out = Path(args.out or "runs/" + run_name(args))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = only_run(out) if processes()[0] == 0 else None  # noqa: F841, it lives as long as main
+        lock = only_run(out) if processes()[0] == 0 else None  # it lives as long as main
+        for part in out.glob("*.part") if lock else ():
+            part.unlink()  # of a run that was killed
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error}") from None
     resume = vars(args).pop("resume")  # how it came about is no property of a model

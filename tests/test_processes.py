@@ -70,7 +70,7 @@ def train(number, *words, prepare=lambda: None):
 
 def without_augmentation():
     crops = evaluate.random_crops
-    evaluate.random_crops = lambda images, size, mirror, generator: (
+    evaluate.random_crops = lambda images, size, mirror, generator, device="cpu": (
         crops(images, size, mirror, generator), evaluate.test_crops(images, size, 1)[:, 0])[1]
 
 
