@@ -18,8 +18,12 @@ References
   [4] Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons (straight-through), 2013
 """
 import copy
+import math
 import operator
 import os
+import pickle
+import warnings
+import zipfile
 
 import torch
 import torch.fx as fx
@@ -32,6 +36,9 @@ FORMAT = "ba2ps-1"  # first entry of every checkpoint; raised when an old one ca
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message is one line that names it and says what to do."""
+
+    def __init__(self, message):  # it quotes files: no name of theirs may break the line or colour the terminal
+        super().__init__("".join(letter if letter.isprintable() else " " for letter in str(message)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -930,25 +937,43 @@ def _pack(network):
 
 
 def _unpack(network, state):
-    """The pruned network of `state`, from `network`, the architecture with all its channels and any weights."""
+    """The pruned network of `state`, from `network`, the architecture with all its channels, on the meta device."""
     layers = [layer for _, layer in sorted(switched_layers(network).items())]
     for domain in network.domains:
         bits = unpack_bits(state[f"bits {domain}"], _total(layers)).split([layer.total_channels for layer in layers])
         for layer, on in zip(layers, bits):
-            layer.switches[domain].data = layer.start * (2.0 * on - 1)
+            layer.switches[domain] = nn.Parameter(layer.start * (2.0 * on - 1))
     network = _cut(network, list(network.classifiers))
     for domain in network.classifiers:
-        packed = state[f"batch-norm {domain}"]
-        for name, at in batch_norm_rows(network, domain).items():
+        rows = batch_norm_rows(network, domain)
+        packed, number = state[f"batch-norm {domain}"], len(BATCH_NORM) * sum(map(len, rows.values()))
+        if packed.shape != (number,) or packed.dtype != torch.float32:
+            raise ValueError(f"the batch-norm of {domain} has {packed.numel()} numbers, not {number}")
+        for name, at in rows.items():
+            norm = network.get_submodule(name)[domain].to_empty(device="cpu")
+            norm.reset_parameters()  # the rows of other domains' channels: any number that is one
             for part in BATCH_NORM:
-                getattr(network.get_submodule(name)[domain], part).data[at] = packed[:len(at)]
+                getattr(norm, part).data[at] = packed[:len(at)]
                 packed = packed[len(at):]
     weights = {name: value for name, value in state.items() if not name.startswith(("bits ", "batch-norm "))}
-    wrong = network.load_state_dict(weights, strict=False)
+    unexpected = _assign(network, weights)
     missing = [name for name in _pack(network) if name not in state]
-    if wrong.unexpected_keys or missing:
-        raise KeyError(f"unexpected {wrong.unexpected_keys}, missing {missing}")
+    if unexpected or missing:
+        raise ValueError(f"it lacks {missing[0]}" if missing else f"{unexpected[0]} has no place in the network")
     return network
+
+
+def _assign(network, state):
+    """Make the tensors of `state` those of `network`, whatever its device; returns the names that it has no place for.
+
+    ValueError names the first that does not fit.
+    """
+    for name, value in network.state_dict().items():
+        given = state.get(name, value)
+        if given.shape != value.shape or given.dtype != value.dtype:
+            raise ValueError(f"{name} is {tuple(given.shape)} {given.dtype}, not {tuple(value.shape)} {value.dtype}")
+    contiguous = {name: value.contiguous() for name, value in state.items()}
+    return network.load_state_dict(contiguous, strict=False, assign=True).unexpected_keys
 
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
@@ -982,53 +1007,144 @@ def save(path, network, **facts):
 
 def write_whole(path, write):
     """write(name) a file beside `path`, then move it there: all of it or nothing. InputError where that cannot be done."""
-    part = f"{path}.part"
+    part = f"{path}.{os.getpid()}.part"  # two processes may be at it
     try:
         write(part)
         os.replace(part, path)  # in one piece: a reader sees the old file or the new one
     except (OSError, RuntimeError) as error:
-        if os.path.isfile(part):
-            os.remove(part)
         # torch's writer counts bytes and does not say why some are missing
         reason = _first_line(error) if isinstance(error, OSError) else f"is the disk full? ({_first_line(error)})"
         raise InputError(f"cannot write {path}: {reason}") from None
+    finally:  # also of what was stopped by hand
+        if os.path.isfile(part):
+            os.remove(part)
 
 
 def load(path):
-    """(network, facts) of a checkpoint that save wrote, on the CPU; never runs code from the file (weights_only)."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no such checkpoint: {path}") from None
-    except Exception as error:  # torch's reader raises nearly anything on bytes that are no checkpoint
-        raise InputError(f"{path} is not a readable checkpoint: {_first_line(error)}") from None
+    """(network, facts) of a checkpoint that save wrote, on the CPU.
+
+    Nothing in the file is run, and nothing made room for that the file does not hold: the sizes it names are compared
+    with its tensors on the meta device first. Anything else than what save writes is an InputError.
+    """
+    checkpoint = _read(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise InputError(f"{path} is a checkpoint of something else: expected one that train.py or prune.py wrote")
     try:
-        num_classes, state = checkpoint.pop("num_classes"), checkpoint.pop("state")
-        source = checkpoint.pop("source")
-        network = WideResNet(checkpoint.pop("depth"), checkpoint.pop("widen_factor"), source, num_classes.get(source, 1))
+        num_classes, state, source = (checkpoint.pop(key) for key in ("num_classes", "state", "source"))
+        depth, widen_factor = checkpoint.pop("depth"), checkpoint.pop("widen_factor")
+        pruned, size = checkpoint.pop("pruned", False), os.path.getsize(path)
+        if not all(type(number) is int and number > 0 for number in (depth, widen_factor, *num_classes.values())):
+            raise ValueError("depth, widen factor and classes must be whole numbers from 1")
+        _check_tensors(state, size)
+        if depth * (1 if pruned else len(num_classes)) > len(state):  # so many convolutions, so many tensors of switches
+            raise ValueError(f"{len(state)} tensors are too few for depth {depth} and {len(num_classes)} domains")
+        with torch.device("meta"):
+            network = WideResNet(depth, widen_factor, source, num_classes.get(source, 1))
+        layers = switched_layers(network).values()
+        channels = _total(layers)
+        if channels > 8 * size:
+            raise ValueError(f"it is too small for the {channels} input channels of its layers")
+        for layer in layers:
+            layer.kept = torch.ones(layer.in_channels, dtype=torch.bool)
         for domain, number in num_classes.items():
             if domain != source:
+                if pruned and (state[f"bits {domain}"].shape, state[f"bits {domain}"].dtype) != (
+                        (math.ceil(channels / 8),), torch.uint8):
+                    raise ValueError(f"the switches of {domain} are not {channels} bits")
                 network.add_domain(domain, number)
         if source not in num_classes:
             network.remove_domain(source)
-        if checkpoint.pop("pruned", False):
+        if pruned:
             network = _unpack(network, state)
         else:
-            network.load_state_dict(state)
-    except (KeyError, AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            missing, unexpected = network.state_dict().keys() - state.keys(), _assign(network, state)
+            if missing or unexpected:
+                raise ValueError(f"it lacks {min(missing)}" if missing else f"{unexpected[0]} has no place in the network")
+    except KeyError as error:
+        raise InputError(f"{path} is damaged: it lacks {error}") from None
+    except (AttributeError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
         raise InputError(f"{path} is damaged or of another architecture: {_first_line(error)}") from None
     return network, checkpoint
+
+
+def _read(path):
+    """What torch.load finds in `path`, if that is a plain archive; InputError otherwise."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.filename.endswith("constants.pkl") for entry in entries):  # torch before 2.6 would run it
+            raise pickle.UnpicklingError
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its tensors are compressed, and may be of any size")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about what is refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no such checkpoint: {path}") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} is not a readable checkpoint: it is cut off or holds more than tensors, numbers, strings, "
+                         "lists and dicts; code is never run") from None
+    except Exception as error:  # torch's reader raises nearly anything on bytes that are no checkpoint
+        raise InputError(f"{path} is not a readable checkpoint: {_first_line(error)}") from None
+
+
+def _check_tensors(state, size):
+    """ValueError unless `state` is {name: dense tensor of finite numbers}, all of it together at most `size` bytes."""
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout is not torch.strided \
+                or value.device.type != "cpu" or value.is_quantized:
+            raise ValueError(f"{name} is no plain tensor")
+    if sum(value.numel() * value.element_size() for value in state.values()) > size:  # a view can claim more than there is
+        raise ValueError("its tensors claim more numbers than it holds")
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+
+
+def check_facts(path, network, facts):
+    """InputError unless `facts` say of every domain that `network` serves what train.py writes: classes and images."""
+    records = facts.get("domains")
+    if "image_size" not in facts or not isinstance(records, dict) or not set(network.classifiers) <= records.keys():
+        raise InputError(f"{path} does not say what its images are like: give a checkpoint of train.py or prune.py")
+
+    def numbers(values, length):
+        return isinstance(values, (list, tuple)) and len(values) == length and all(
+            type(value) in (int, float) and math.isfinite(value) for value in values)
+
+    def distinct(values, kind, length):
+        return isinstance(values, list) and len(values) == length and all(type(value) is kind for value in values) and (
+            kind is str or len(set(values)) == length)
+
+    for domain, linear in network.classifiers.items():
+        record, length = records[domain], linear.out_features
+        record = record if isinstance(record, dict) else {}
+        for key, right in (("classes", distinct(record.get("classes"), str, length)),
+                           ("category_ids", distinct(record.get("category_ids"), int, length)),
+                           ("mean", numbers(record.get("mean"), 3)),
+                           ("std", numbers(record.get("std"), 3) and min(record["std"]) > 0),
+                           ("mirror", type(record.get("mirror")) is bool)):
+            if not right:
+                raise InputError(f"{path} is damaged: what it says of {domain} has no usable {key}")
+    budget, size, multipliers = facts.get("budget"), facts["image_size"], facts.get("multipliers", {})
+    if type(size) is not int or not 16 <= size <= 4096:
+        raise InputError(f"{path} is damaged: its image size {size} is not a whole number from 16 to 4096")
+    if budget is not None and not (type(budget) in (int, float) and 0 < budget <= 1):
+        raise InputError(f"{path} is damaged: its budget {budget} is outside (0, 1]")
+    if not isinstance(multipliers, dict):
+        raise InputError(f"{path} is damaged: its multipliers are not one for each domain")
 
 
 def load_dense(path):
     """(dense network, facts) of a checkpoint that prune.py --domain wrote: forward(x), in the memory format chosen then."""
     network, facts = load(path)
-    if "dense" not in facts:
+    form = facts.get("dense")
+    if form is None:
         raise InputError(f"{path} is not for one domain: write it with prune.py --domain NAME")
-    model = dense(network, round_to=facts["dense"]["round_to"])
-    return model.to(memory_format=torch.channels_last if facts["dense"]["channels_last"] else torch.contiguous_format), facts
+    if not isinstance(form, dict) or type(form.get("round_to")) is not int or not 1 <= form["round_to"] <= 256 or type(
+            form.get("channels_last")) is not bool:
+        raise InputError(f"{path} is damaged: it does not say how its dense network is built")
+    model = dense(network, round_to=form["round_to"])
+    return model.to(memory_format=torch.channels_last if form["channels_last"] else torch.contiguous_format), facts
 
 
 def _first_line(error):

@@ -11,18 +11,21 @@ backbone; sparsity as in Table 7. The source domain is served by the untouched b
 sharing, sparsity or params: it is reported apart.
 """
 import argparse
+import hashlib
 import io
 import itertools
 import json
 import os
+import stat
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 
@@ -48,14 +51,13 @@ NO_MIRROR = {"dtd", "gtsrb", "omniglot", "svhn"}  # trained without mirroring, f
 FINE_TUNED = {  # accuracy (%) of full fine-tuning on test: the reference of S
     "imagenet12": 59.87, "aircraft": 60.34, "cifar100": 82.12, "daimlerpedcls": 92.82, "dtd": 55.53, "gtsrb": 97.53,
     "vgg-flowers": 81.41, "omniglot": 87.69, "svhn": 96.55, "ucf101": 51.20}
-KEEP = 60_000  # a domain with at most so many images is decoded once and kept in memory; ImageNet is read every time
 
 
 def read_annotations(root, domain, split):
     """One annotation file of the release, split train, val or test (test falls back on {domain}_test_stripped.json).
 
-    Returns (paths, image ids, category ids or None without labels, {category id: name}), all from `categories` and
-    `annotations`, never from the order of folders. InputError names the file that is missing or wrong.
+    Returns (file names relative to the root, image ids, category ids or None without labels, {category id: name}), all
+    from `categories` and `annotations`, never from the order of folders. InputError names what is missing or wrong.
     """
     folder = Path(root) / "annotations"
     if not folder.is_dir():
@@ -63,89 +65,277 @@ def read_annotations(root, domain, split):
     path = folder / f"{domain}_{split}.json"
     if split == "test" and not path.exists():
         path = folder / f"{domain}_test_stripped.json"
+    if path.parent != folder:
+        raise InputError(f"{domain!r} is no domain of {root}: its name is a path")
+
+    def known(value, kind, what):
+        if type(value) is not kind:
+            raise InputError(f"annotation file {path} is not laid out as the release's: {what} is {value!r:.40}")
+        return value
+
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        names = {category["id"]: str(category["name"]) for category in content["categories"]}
-        images = [(image["id"], Path(root) / image["file_name"]) for image in content["images"]]
-        labels = {a["image_id"]: a["category_id"] for a in content["annotations"]} if "annotations" in content else None
+        names = {known(c["id"], int, "a category's id"): str(c["name"]) for c in content["categories"]}
+        paths = [known(image["file_name"], str, "a file_name") for image in content["images"]]
+        ids = [known(image["id"], int, "an image's id") for image in content["images"]]
+        labels = {} if "annotations" in content else None
+        for annotation in content.get("annotations", ()):
+            image_id = known(annotation["image_id"], int, "an annotation's image_id")
+            category_id = known(annotation["category_id"], int, "an annotation's category_id")
+            if labels.setdefault(image_id, category_id) != category_id:
+                raise InputError(f"annotation file {path}: image {image_id} is given two categories, "
+                                 f"{labels[image_id]} and {category_id}: keep one")
+        repeated = len(names) < len(content["categories"])
+    except InputError:
+        raise
     except FileNotFoundError:
-        raise InputError(f"annotation file {path} is missing: is {domain} a domain of {root}, and {split} a split?") from None
-    except (OSError, ValueError) as error:
+        raise InputError(f"annotation file {path} is missing: is {domain} a domain of {root}, {split} a split?") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"annotation file {path} is not readable JSON: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"annotation file {path} is not laid out as the release's: {error!r}") from None
-    if not images:
+    if not paths:
         raise InputError(f"annotation file {path} lists no images: choose another split")
     if not names:
         raise InputError(f"annotation file {path} has no categories")
+    if repeated or len(set(ids)) < len(ids):
+        what = "category" if repeated else "image"
+        raise InputError(f"annotation file {path} gives an id to more than one {what}: number them anew")
+    for name in paths:
+        if os.path.isabs(name) or ".." in name and os.path.normpath(name).split(os.sep)[0] == "..":
+            raise InputError(f"annotation file {path}: image {name} lies outside {root}: give names relative to it")
     if labels is not None:
-        for image_id, image_path in images:
+        for image_id, name in zip(ids, paths):
             if labels.get(image_id) not in names:
-                raise InputError(f"annotation file {path}: image {image_path} has no annotation with a known category")
-        labels = [labels[image_id] for image_id, _ in images]
-    return [p for _, p in images], [i for i, _ in images], labels, dict(sorted(names.items()))
+                raise InputError(f"annotation file {path}: image {name} has no annotation with a known category")
+        labels = [labels[image_id] for image_id in ids]
+    return paths, ids, labels, dict(sorted(names.items()))
 
 
-class Images(Dataset):
-    """The images of one domain and of one split or several, resized to a shorter side of 9/8 `image_size`.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")  # not EPS: Pillow runs Ghostscript
 
-    Item i is (uint8 tensor (3, h, w), label), the label -1 in a split without labels, or an InputError that names the
-    unreadable image: an exception raised in a worker process would arrive wrapped in its traceback.
-    category_ids: the classes in the order of the classifier's outputs; default, those of the first split, ascending.
+
+class Decoder(Dataset):
+    """Item i is (height, width, bytes of an RGB image (3, height, width)), the shorter side resized to `side`.
+
+    Greys of 16 bits keep their upper 8, transparency is dropped, of an animation the first frame is taken, and an
+    image stays turned as it is stored, whatever its EXIF orientation. One that cannot be read is an InputError, returned:
+    raised in a worker process it would arrive wrapped in its traceback.
     """
 
-    def __init__(self, root, domain, splits, image_size, category_ids=None):
-        self.domain, self.splits, self.side = domain, list(splits), round(image_size * 9 / 8)
-        self.crop = image_size
-        self.paths, self.ids, self.labels = [], [], []
-        for split in self.splits:
-            paths, ids, categories, names = read_annotations(root, domain, split)
-            if category_ids is None:
-                category_ids, self.classes = list(names), list(names.values())
-            if list(names) != list(category_ids):
-                raise InputError(f"the categories of {domain} in split {split} are not those the network was trained on")
-            position = {category_id: label for label, category_id in enumerate(category_ids)}
-            self.paths += paths
-            self.ids += ids
-            self.labels += [-1] * len(paths) if categories is None else [position[c] for c in categories]
-        self.category_ids = list(category_ids)
-        self.labelled = -1 not in self.labels
-        for path in self.paths:
-            if not os.path.isfile(path):
-                raise InputError(f"image {path} of {domain} is missing: unpack the release's {domain}.tar again")
-        self.kept = [None] * len(self) if len(self) <= KEEP else None
+    def __init__(self, paths, side):
+        self.paths, self.side = paths, side
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        if self.kept is not None and self.kept[i] is not None:
-            return self.kept[i], self.labels[i]
         try:
-            with Image.open(self.paths[i]) as image:
-                image = TF.resize(image.convert("RGB"), self.side)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises each of them
-            return InputError(f"image {self.paths[i]} of {self.domain} cannot be read: {error}")
-        image = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        if self.kept is not None:
-            self.kept[i] = image
-        return image, self.labels[i]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Pillow, about what it could make sense of
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(self.paths[i], formats=FORMATS) as image:
+                    pixels = np.array(TF.resize(self.rgb(image), self.side))
+        except UnidentifiedImageError:
+            return InputError(f"image {self.paths[i]} cannot be read: it is no image that Pillow knows")
+        except Exception as error:  # Pillow's readers raise nearly anything on bytes that are no image
+            return InputError(f"image {self.paths[i]} cannot be read: {error or type(error).__name__}")
+        return *pixels.shape[:2], pixels.transpose(2, 0, 1).tobytes()
+
+    def rgb(self, image):
+        (short, long), most = sorted(image.size), Image.MAX_IMAGE_PIXELS or float("inf")
+        if short < 1:
+            raise ValueError("it has no pixels")
+        if self.side * self.side * long > most * short:
+            raise ValueError(f"it is too long and narrow, {image.size[0]} x {image.size[1]} pixels")
+        if image.mode.startswith("I"):  # convert clips at 255
+            values = np.asarray(image)
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError("its values need more than 16 bits")
+            return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode == "F":
+            raise ValueError("its values are floating-point numbers, of no known range")
+        return image.convert("RGB")
+
+
+def write_pixels(file, paths, side, digest, workers=0, progress=lambda n: None):
+    """Decode images into a binary file: their bytes end to end, (heights, widths) as int32, digest, their number.
+
+    An image that cannot be read gets no bytes and height and width 0. Returns the InputErrors of those.
+    """
+    sizes, broken = [], []
+    try:
+        for items in DataLoader(Decoder(paths, side), 64, collate_fn=list, num_workers=min(workers, len(paths) // 256),
+                                generator=torch.Generator()):  # its own: a run draws the same, cache or not
+            for item in items:
+                if isinstance(item, InputError):
+                    broken.append(item)
+                    item = 0, 0, b""
+                sizes.append(item[:2])
+                file.write(item[2])
+            progress(len(items))
+    except RuntimeError as error:
+        raise InputError(f"a process that decodes images has died, give fewer --workers: {error}") from None
+    file.write(np.array(sizes, np.int32).T.tobytes() + digest + np.int64(len(sizes)).tobytes())
+    return broken
+
+
+def read_pixels(buffer, digest):
+    """(bytes, heights, widths) of what write_pixels wrote, uint8 and int32 tensors on `buffer`; None of anything else.
+
+    buffer: (n,) uint8, memory-mapped or not.
+    """
+    tail = len(digest) + 8
+    if len(buffer) < tail or buffer[-tail:-8].numpy().tobytes() != digest:
+        return None
+    number = int(buffer[-8:].numpy().view(np.int64)[0])
+    start = len(buffer) - tail - 8 * number
+    if number < 0 or start < 0:
+        return None
+    sizes = torch.from_numpy(buffer[start:-tail].numpy().copy().view(np.int32)).view(2, number)
+    right = (sizes >= 0).all() and 3 * (sizes[0].long() * sizes[1]).sum() == start
+    return (buffer[:start], *sizes) if right else None
+
+
+def cache_folder(root, chosen=None):
+    """Where the pixels of a root are kept: below the folder `chosen`, else in the root, else with the user's caches."""
+    if chosen is None and os.access(root, os.W_OK):
+        return Path(root, "cache")
+    base = chosen or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ba2ps")
+    full = os.path.realpath(root)
+    return Path(base, f"{os.path.basename(full)}-{hashlib.sha256(os.fsencode(full)).hexdigest()[:12]}")
+
+
+class Images:
+    """The images of one domain and of one split or several, resized to a shorter side of 9/8 `image_size`.
+
+    Item i is (uint8 tensor (3, h, w), label), the label -1 in a split without labels. Every image is decoded once, on
+    first use or by decode(), into a file of plain pixels for each split, which is memory-mapped: memory holds no more of
+    it than the system finds room for, and the next run decodes nothing. The file is made anew when the list of images, or
+    the size or time of change of any, is not what it was (an image is looked at with stat alone: to be told of a change
+    within one size and one tick of the clock, delete the file).
+
+    category_ids: the classes in the order of the classifier's outputs; default, those of the first split, ascending.
+    cache: the folder for those files; None, see cache_folder; False: pixels are decoded into memory, for this run only.
+    skip_broken: leave out images that are missing or cannot be read, and count them in `skipped`; else an InputError
+    names the first.
+    """
+
+    def __init__(self, root, domain, splits, image_size, category_ids=None, cache=None, skip_broken=False):
+        self.domain, self.splits, self.side = domain, list(splits), round(image_size * 9 / 8)
+        self.crop, self.skip_broken, self.skipped = image_size, skip_broken, 0
+        self.paths, self.ids, self.labels = [], [], []
+        self.parts, self.buffers = [], None  # of each split: its file, digest and number of images; its pixels
+        for split in self.splits:
+            names, ids, categories, classes = read_annotations(root, domain, split)
+            self.classes = list(classes.values())
+            category_ids = list(classes) if category_ids is None else category_ids
+            if list(classes) != list(category_ids):
+                raise InputError(f"the categories of {domain} in split {split} are not those the network was trained on")
+            position = {category_id: label for label, category_id in enumerate(category_ids)}
+            digest, missing = hashlib.sha256(b"pixels-1"), 0
+            paths = [os.path.join(root, name) for name in names]
+            for name, path in zip(names, paths):
+                try:
+                    status = os.stat(path)
+                    size, time_ns = (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (-1, 0)
+                except (OSError, ValueError):
+                    size, time_ns = -1, 0
+                if size < 0 and not skip_broken:
+                    raise InputError(f"image {path} of {domain} is missing: unpack the release's {domain}.tar again")
+                missing += size < 0
+                digest.update(f"{name}\0{size} {time_ns}\0".encode("utf-8", "surrogatepass"))
+            if missing == len(names):
+                raise InputError(f"all {missing} images of {domain} are missing: unpack the release's {domain}.tar")
+            folder = cache_folder(root, cache) if cache is not False else None
+            self.parts.append((folder and folder / f"{domain}-{split}-{self.side}.pixels", digest.digest(), len(names)))
+            self.paths += paths
+            self.ids += ids
+            self.labels += [-1] * len(names) if categories is None else [position[c] for c in categories]
+        self.category_ids = list(category_ids)
+        self.labelled = -1 not in self.labels
+
+    def decode(self, workers=0):
+        """Map the pixels, decoding first, in so many processes, what no cache holds. Returns self."""
+        if self.buffers is not None:
+            return self
+        buffers, sizes, begin, first = [], [], 0, []
+        for file, digest, number in self.parts:
+            paths = self.paths[begin:begin + number]
+            found = map_pixels(file, digest) if file else None
+            decoder = Decoder(paths, self.side)
+            errors = [] if found is None else [decoder[i] for i in (found[1] == 0).nonzero().flatten().tolist()]
+            if found is None or not all(isinstance(error, InputError) for error in errors):  # or readable by now
+                found, errors = self.build(file, paths, digest, workers)
+            if errors and not self.skip_broken:
+                raise InputError(f"{errors[0]} (of {self.domain}; --skip-broken goes on without)")
+            first = first or errors[:1]
+            buffers.append(found[0])
+            sizes.append(torch.stack(found[1:]).long())
+            begin += number
+        heights, widths = torch.cat(sizes, 1)
+        ends = torch.cat([(3 * h * w).cumsum(0) for h, w in sizes])
+        part = torch.arange(len(sizes)).repeat_interleave(torch.tensor([number for _, _, number in self.parts]))
+        self.places = torch.stack([part, ends - 3 * heights * widths, heights, widths], 1)  # (n, 4)
+        good = heights > 0
+        if not good.any():
+            raise InputError(f"none of the {len(good)} images of {self.domain} can be read")
+        for name in ("paths", "ids", "labels"):
+            setattr(self, name, list(itertools.compress(getattr(self, name), good.tolist())))
+        self.places, self.skipped, self.buffers = self.places[good], int((~good).sum()), buffers
+        if self.skipped:
+            print(f"{self.domain}: {self.skipped} of {len(good)} images of {' and '.join(self.splits)} cannot be read and "
+                  f"are left out, the first: {first[0]}")
+        return self
+
+    def build(self, file, paths, digest, workers):
+        """Decode one split into `file`, or into memory without one: what read_pixels gives, and the InputErrors."""
+        progress = progress_line(len(paths), f"decoding {self.domain}")
+        if not file:
+            memory = io.BytesIO()
+            errors = write_pixels(memory, paths, self.side, digest, workers, progress)
+            return read_pixels(torch.frombuffer(memory.getbuffer(), dtype=torch.uint8), digest), errors
+        errors = []
+
+        def write(part):
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                for left in file.parent.glob(f"{file.name}.*.part"):  # by a run that was killed
+                    if time.time() - left.stat().st_mtime > 3600:
+                        left.unlink()
+                with open(part, "wb") as whole:
+                    errors.extend(write_pixels(whole, paths, self.side, digest, workers, progress))
+            except OSError as error:
+                raise InputError(f"--cache {file.parent} cannot be written, choose another or none: {error}") from None
+        ba2ps.write_whole(file, write)
+        return map_pixels(file, digest), errors
+
+    def __len__(self):
+        return len(self.decode().places)
+
+    def __getitem__(self, i):
+        part, start, height, width = self.decode().places[i].tolist()
+        return self.buffers[part][start:start + 3 * height * width].view(3, height, width), self.labels[i]
 
     def batches(self, batches, workers=0):
         """Lists of (uint8 image, label), one for each of `batches`: sequences of indices, tensors too."""
-        workers = 0 if self.kept is not None else workers
-        for items in DataLoader(self, batch_sampler=[[int(i) for i in batch] for batch in batches], collate_fn=list, num_workers=workers):
-            for item in items:
-                if isinstance(item, InputError):
-                    raise item
-            yield items
+        self.decode(workers)
+        for batch in batches:
+            yield [self[int(i)] for i in batch]
+
+
+def map_pixels(file, digest):
+    """read_pixels of a file, mapped; None if there is none, or not with this digest."""
+    try:
+        return read_pixels(torch.from_numpy(np.memmap(file, np.uint8, "c")), digest)  # c: torch wants to be able to write
+    except (OSError, ValueError):
+        return None
 
 
 def load_model(path):
     """ba2ps.load, with the facts that evaluating needs."""
     network, facts = ba2ps.load(path)
-    if not {"image_size", "domains"} <= facts.keys() or not set(network.classifiers) <= facts["domains"].keys():
-        raise InputError(f"{path} does not say what its images are like: give a checkpoint of train.py or prune.py")
+    ba2ps.check_facts(path, network, facts)
     return network, facts
 
 
@@ -157,20 +347,21 @@ def load_adapted(path):
     return network, facts
 
 
-def describe(root, domain, image_size, no_mirror=()):
-    """What a checkpoint remembers of a domain: classes, category ids, channel means and deviations, mirroring."""
-    images = Images(root, domain, ["train"], image_size)
+def describe(images, no_mirror=()):
+    """What a checkpoint remembers of a domain: classes, category ids, channel means and deviations, mirroring.
+
+    images: those it is trained on.
+    """
+    domain = images.domain
     if domain in MEAN_STD:
         mean, std = MEAN_STD[domain]
     else:  # measured; 5,000 images pin a mean to about 0.001
-        chosen = torch.arange(0, len(images), max(1, len(images) // 5000))
         sums = torch.zeros(2, 3, dtype=torch.float64)
         pixels = 0
-        for items in images.batches(chosen.split(256)):
-            for image, _ in items:
-                flat = image.flatten(1).double() / 255
-                sums += torch.stack([flat.sum(1), flat.square().sum(1)])
-                pixels += flat.shape[1]
+        for i in range(0, len(images), max(1, len(images) // 5000)):
+            flat = images[i][0].flatten(1).double() / 255
+            sums += torch.stack([flat.sum(1), flat.square().sum(1)])
+            pixels += flat.shape[1]
         mean = sums[0] / pixels
         std = (sums[1] / pixels - mean.square()).clamp(min=1e-4).sqrt().tolist()
         mean = mean.tolist()
@@ -181,35 +372,62 @@ def describe(root, domain, image_size, no_mirror=()):
 # ---------------------------------------------------------------------------------------------------------------------
 # crops
 
-def random_crops(images, size, mirror, generator):
+def cut(images, size, top, left, mirrored, device="cpu"):
+    """N crops of each image, gathered on `device`: list of (3, h, w) -> (B, N, 3, size, size).
+
+    top, left: (B, N) int64, their places. mirrored: (B, N) bool.
+    """
+    flat = torch.cat([image.reshape(-1) for image in images]).to(device)
+    height, width = sides(images).to(device).view(2, -1, 1, 1, 1, 1)
+    start = (3 * height * width).cumsum(0) - 3 * height * width
+    top, left, mirrored = (value.to(device)[:, :, None, None, None] for value in (top, left, mirrored))
+    steps = torch.arange(size, device=device)
+    row = top + steps[:, None]                                                # (B, N, 1, size, 1)
+    column = left + torch.where(mirrored, size - 1 - steps, steps)            # (B, N, 1, 1, size)
+    plane = torch.arange(3, device=device)[:, None, None]
+    index = start + (plane * height + row) * width + column                   # (B, N, 3, size, size)
+    return flat.index_select(0, index.flatten()).view_as(index)  # of torch's ways to gather, by far the fastest on a CPU
+
+
+def sides(images):
+    """(2, B): heights and widths of a list of (3, h, w)."""
+    return torch.tensor([image.shape[1:] for image in images]).T
+
+
+def random_crops(images, size, mirror, generator, device="cpu"):
     """One crop of each image at a random place, mirrored half of the time: list of (3, h, w) -> (B, 3, size, size)."""
-    crops = []
-    for image, (down, right, flip) in zip(images, torch.rand(len(images), 3, generator=generator).tolist()):
-        top, left = int(down * (image.shape[1] - size + 1)), int(right * (image.shape[2] - size + 1))
-        crop = image[:, top:top + size, left:left + size]
-        crops.append(crop.flip(2) if mirror and flip < 0.5 else crop)
-    return torch.stack(crops)
+    down, right, flip = torch.rand(len(images), 3, generator=generator).double().T[..., None]  # (B, 1) each
+    height, width = sides(images)[..., None]
+    top, left = (down * (height - size + 1)).long(), (right * (width - size + 1)).long()
+    return cut(images, size, top, left, (flip < 0.5) & mirror, device)[:, 0]
 
 
-def test_crops(images, size, number):
+def test_crops(images, size, number, device="cpu"):
     """1, 5 or 10 crops of each image: list of (3, h, w) -> (B, number, 3, size, size).
 
     1: the centre. 5: four corners and the centre. 10: those, and those of the mirrored image (section 4.1).
     """
-    cut = {1: lambda image: (TF.center_crop(image, [size, size]),), 5: lambda image: TF.five_crop(image, [size, size]),
-           10: lambda image: TF.ten_crop(image, [size, size])}[number]
-    return torch.stack([torch.stack(cut(image)) for image in images])
+    down, right = sides(images) - size                                        # (B,) each: the last places
+    zero, middle, centre = torch.zeros_like(down), (down / 2).round().long(), (right / 2).round().long()
+    top, left = torch.stack([zero, zero, down, down, middle], 1), torch.stack([zero, right, zero, right, centre], 1)
+    if number == 1:
+        top, left = top[:, 4:], left[:, 4:]
+    mirrored = torch.zeros_like(top, dtype=torch.bool)
+    if number == 10:
+        top, left = torch.cat([top, top], 1), torch.cat([left, right[:, None] - left], 1)
+        mirrored = torch.cat([mirrored, ~mirrored], 1)
+    return cut(images, size, top, left, mirrored, device)
 
 
 def normalise(crops, record, device):
     """uint8 crops (..., 3, h, w) -> float on `device`, with the channel statistics of the domain's `record`."""
     mean, std = (torch.tensor(record[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
-    return (crops.to(device).float() / 255 - mean) / std
+    return crops.to(device).float().div_(255).sub_(mean).div_(std)
 
 
 def training_batch(items, size, record, generator, device):
     """Random crops, normalised, and labels of a list of (uint8 image, label): (B, 3, size, size), (B,)."""
-    crops = random_crops([image for image, _ in items], size, record["mirror"], generator)
+    crops = random_crops([image for image, _ in items], size, record["mirror"], generator, device)
     return normalise(crops, record, device), torch.tensor([label for _, label in items], device=device)
 
 
@@ -223,8 +441,9 @@ def predict(network, domain, record, images, crops=None, batch_size=32, device="
     network.eval()
     out = []
     for items in images.batches(torch.arange(len(images)).split(batch_size), workers):
-        x = normalise(test_crops([image for image, _ in items], images.crop, crops), record, device)
-        logits = network(x.flatten(0, 1), domain)                         # (B * crops, classes)
+        x = normalise(test_crops([image for image, _ in items], images.crop, crops, device), record, device)
+        parts = x.flatten(0, 1).split(len(items))  # one forward pass for each crop: ten at once outgrow a CPU's caches
+        logits = torch.cat([network(part, domain) for part in parts])     # (B * crops, classes)
         out.append(logits.softmax(1).unflatten(0, (-1, crops)).mean(1).cpu())  # (B, classes)
         progress(len(items))
     return torch.cat(out)
@@ -541,6 +760,24 @@ def check_device(device):
         raise InputError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
+def data_flags(parser):
+    """The flags of everything that reads images; data_options gives them to Images."""
+    parser.add_argument("--cache", metavar="DIR", help="where decoded images are kept, 4 kB each at 32 pixels, 16 kB and more "
+                        "at 64 (default: ROOT/cache for --data ROOT, or ~/.cache/ba2ps where that cannot be written); "
+                        "none: in memory, for this run")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out images that are missing or cannot be read, "
+                        "and count them; accuracies are of the others, and evaluate.py --results, which needs all, refuses")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode images the first time")
+
+
+def data_options(args):
+    """The arguments of Images that data_flags sets; InputError for what no image can be read with."""
+    for flag, least in (("workers", 0), ("batch_size", 1)):
+        if getattr(args, flag) < least:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range: give {least} or more")
+    return {"cache": False if args.cache == "none" else args.cache, "skip_broken": args.skip_broken}
+
+
 def stop(message):
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
@@ -609,7 +846,7 @@ def compare_models(args):
             raise InputError(f"{path} does not say its budget: --picture of several models is against beta")
     check_no_mirror(args, [network for network, _ in models.values()])
 
-    accuracies, sets, opened = {}, {}, {}
+    accuracies, sets, opened, options = {}, {}, {}, data_options(args)
     if args.data:
         for path, (network, facts) in models.items():
             sets[path] = {}
@@ -618,10 +855,13 @@ def compare_models(args):
                 record["mirror"] = record["mirror"] and domain not in args.no_mirror
                 same = (domain, facts["image_size"], *record["category_ids"])
                 if same not in opened:  # models share the decoded images
-                    opened[same] = Images(args.data, domain, [args.split], facts["image_size"], record["category_ids"])
+                    opened[same] = Images(args.data, domain, [args.split], facts["image_size"], record["category_ids"],
+                                          **options)
                 if not opened[same].labelled:
                     raise InputError(f"--split {args.split} has no labels for {domain}: there is no accuracy to compare")
                 sets[path][domain] = opened[same]
+        for images in opened.values():
+            images.decode(args.workers)
         progress = progress_line(sum(len(images) for own in sets.values() for images in own.values()), "evaluating")
         for path, (network, facts) in models.items():
             own, _ = run(network, facts, sets[path], args, progress)
@@ -641,18 +881,23 @@ def evaluate_model(args):
     baseline = read_baseline(args.baseline) if args.baseline else None
     check_no_mirror(args, [network])
     if args.data:
-        domains, sets, skipped = list(network.domains), {}, []
+        domains, sets, skipped, options = list(network.domains), {}, [], data_options(args)
         if network.source in network.classifiers and not args.skip_source:
             domains.insert(0, network.source)
         for domain in domains:
             record = facts["domains"][domain]
             record["mirror"] = record["mirror"] and domain not in args.no_mirror
             try:
-                sets[domain] = Images(args.data, domain, [args.split], facts["image_size"], record["category_ids"])
+                sets[domain] = Images(args.data, domain, [args.split], facts["image_size"], record["category_ids"],
+                                      **options)
             except InputError as error:
                 if domain != network.source:
                     raise
                 skipped.append(f"the source {domain} is left out: {error}")  # ImageNet has to be fetched separately
+        for domain, images in sets.items():
+            if images.decode(args.workers).skipped and args.results:
+                raise InputError(f"--results {args.results} needs all images of {domain}, but {images.skipped} cannot be "
+                                 "read: mend them, or leave out --results")
 
         progress = progress_line(sum(len(images) for images in sets.values()), "evaluating")
         accuracies, results = run(network, facts, sets, args, progress)
@@ -695,7 +940,7 @@ def main():
                         help="draw who uses which channel, or with --compare accuracy (sparsity, without --data) and params")
     parser.add_argument("--batch-size", type=int, default=32, help="images, each with all its crops")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=2)
+    data_flags(parser)
     args = parser.parse_args()
     check_device(args.device)
 

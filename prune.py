@@ -135,13 +135,14 @@ def main():
         raise InputError("--domain keeps one domain alone: leave out --domains and --keep-source")
     if (args.export or args.round_to != 1) and not args.domain:
         raise InputError("--export and --round-to are for one dense network: add --domain NAME")
-    if args.round_to < 1:
-        raise InputError(f"--round-to {args.round_to} is too small: take 1 or more")
+    if not 1 <= args.round_to <= 256:
+        raise InputError(f"--round-to {args.round_to} is out of range: take 1 to 256")
     for path in filter(None, (args.out, args.export)):
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
             raise InputError(f"cannot write {path}: {'it is a directory' if os.path.isdir(path) else 'no such directory'}")
 
     network, facts = ba2ps.load(args.model)
+    ba2ps.check_facts(args.model, network, facts)
     network.eval()
     try:
         pruned = ba2ps.prune(network, [args.domain] if args.domain else args.domains, args.keep_source)

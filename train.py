@@ -38,8 +38,8 @@ except ImportError:  # Windows has none
 
 import ba2ps
 from ba2ps import InputError
-from evaluate import (Images, accuracy, check_device, describe, load_model, predict, progress_line, stop,
-                      training_batch)
+from evaluate import (Images, accuracy, check_device, data_flags, data_options, describe, load_model, predict,
+                      progress_line, stop, training_batch)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the method: domains in round robin; cross-entropy + budget + sharing; two optimizers and a multiplier per domain
@@ -530,7 +530,7 @@ def check_arguments(args, before, path):
     """InputError that names the first flag that differs from `before`, unless it has no say in the weights."""
     for name, value in vars(args).items():
         flag = name.replace("_", "-")
-        if name not in ("data", "workers", "device", "out") and before.get(name, value) != value:
+        if name not in ("data", "cache", "workers", "device", "out") and before.get(name, value) != value:
             raise InputError(f"--resume: {path} was written with --{flag} {before[name]}, not {value}: give the same, or "
                              "another --out")
 
@@ -604,7 +604,7 @@ def parse():
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=int, default=2, help="processes that decode domains too large to be kept in memory")
+    data_flags(parser)
     add("--resume", action="store_true", help="go on with the unfinished run in --out; without one there, start it")
     add("--out", metavar="DIR", help="default: runs/{source}-{every flag of the method that is not the paper's}")
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
@@ -679,14 +679,7 @@ def main():
         args.source = network.source
     else:
         args.source = args.source or "imagenet12"
-        record = describe(args.data, args.source, args.image_size, args.no_mirror)
-        network = ba2ps.WideResNet(args.depth, args.widen_factor, args.source, len(record["classes"]))
-        facts = {"image_size": args.image_size, "domains": {args.source: record}}
-
-    layers = ba2ps.switched_layers(network).values()
-    least = len(layers) / sum(layer.total_channels for layer in layers)
-    if args.budget < least:
-        raise InputError(f"--budget {args.budget:g} is below one channel per layer, {least:.4f} of this network: give more")
+        facts = {"image_size": args.image_size, "domains": {}}
 
     # the data: everything is looked at before the first step is taken
     annotated = sorted(path.name[:-len("_train.json")] for path in Path(args.data, "annotations").glob("*_train.json"))
@@ -698,17 +691,32 @@ def main():
         raise InputError(f"--no-mirror {' '.join(sorted(unknown))}: no such domain in {args.data}")
     if len({*domains, args.source}) <= len(domains):
         raise InputError(f"--domains {' '.join(domains)}: give each once, and not the source {args.source}")
+    options = data_options(args)
     train, val = {}, {}
     for domain in domains if given else [args.source, *domains]:
         ba2ps.check_name(domain)
-        if domain not in facts["domains"]:
-            facts["domains"][domain] = describe(args.data, domain, args.image_size, args.no_mirror)
-        ids = facts["domains"][domain]["category_ids"]
-        train[domain] = Images(args.data, domain, args.splits, args.image_size, ids)
-        val[domain] = None if "val" in args.splits else Images(args.data, domain, ["val"], args.image_size, ids)
+        ids = facts["domains"][domain]["category_ids"] if domain in facts["domains"] else None
+        train[domain] = Images(args.data, domain, args.splits, args.image_size, ids, **options)
+        ids = train[domain].category_ids
+        val[domain] = None if "val" in args.splits else Images(args.data, domain, ["val"], args.image_size, ids, **options)
         for images in filter(None, (train[domain], val[domain])):
             if not images.labelled:
                 raise InputError(f"{domain} has no labels in split {' '.join(images.splits)}: training needs them")
+    if not given:
+        network = ba2ps.WideResNet(args.depth, args.widen_factor, args.source, len(train[args.source].classes))
+    layers = ba2ps.switched_layers(network).values()
+    least = len(layers) / sum(layer.total_channels for layer in layers)
+    if args.budget < least:
+        raise InputError(f"--budget {args.budget:g} is below one channel per layer, {least:.4f} of this network: give more")
+    if processes()[0]:
+        wait()  # the first process decodes, the others map what it has cached
+    for domain in train:
+        for images in filter(None, (train[domain], val[domain])):
+            images.decode(args.workers)
+        if domain not in facts["domains"]:
+            facts["domains"][domain] = describe(train[domain], args.no_mirror)
+    if processes()[0] == 0:
+        wait()
     out = Path(args.out or "runs/" + run_name(args))
     try:
         out.mkdir(parents=True, exist_ok=True)
