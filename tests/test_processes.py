@@ -2,6 +2,7 @@
 """Several processes, as torchrun starts them, against one: on the CPU, with gloo."""
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -143,6 +144,8 @@ def test_a_signal_to_one_process_stops_all_and_all_go_on(data, tmp_path, capfd):
     assert train(3, *words, "--out", tmp_path / "run", prepare=send) == [143] * 3
     error = capfd.readouterr().err
     assert [line for line in error.splitlines() if "stopped by" in line] == error.splitlines()[-1:], error
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    assert train(1, *words, "--out", tmp_path / "alone", "--resume") == [0]  # another number of processes goes on as well
     assert train(3, *words, "--out", tmp_path / "run", "--resume") == [0, 0, 0]
     one, other = (ba2ps.load(tmp_path / name / "model.pt")[0].state_dict() for name in ("whole", "run"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())

@@ -367,3 +367,9 @@ def test_two_runs_into_one_directory_the_second_is_refused(data, trained, tmp_pa
         os.waitpid(first, 0)
     code, printed = child([*words, "--resume"])
     assert code == 0, printed
+
+
+def test_no_epochs_at_all_still_give_the_checkpoints(data, trained, tmp_path):
+    out = tmp_path / "run"
+    code, printed = child([*words_of("paper", data, trained, out), "--backbone-epochs", "0", "--epochs", "0"])
+    assert code == 0 and sorted(left(out)) == ["backbone.pt", "log.csv", "model.pt"], printed
