@@ -71,8 +71,8 @@ def train(number, *words, prepare=lambda: None):
 
 def without_augmentation():
     crops = evaluate.random_crops
-    evaluate.random_crops = lambda images, size, mirror, generator, device="cpu": (
-        crops(images, size, mirror, generator), evaluate.test_crops(images, size, 1)[:, 0])[1]
+    evaluate.random_crops = lambda images, size, mirror, generator, *device: (
+        crops(images, size, mirror, generator, *device), evaluate.test_crops(images, size, 1, *device)[:, 0])[1]
 
 
 @pytest.mark.parametrize("words, augmented", [
