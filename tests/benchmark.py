@@ -312,8 +312,10 @@ def anonymous():
 
 
 def peak():
-    import resource
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most memory that this process has had (Linux; ru_maxrss would be that of the process it was forked from)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
 
 
 def main():
