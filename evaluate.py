@@ -317,9 +317,9 @@ class Images:
         part, start, height, width = self.decode().places[i].tolist()
         return self.buffers[part][start:start + 3 * height * width].view(3, height, width), self.labels[i]
 
-    def batches(self, batches, workers=0):
+    def batches(self, batches):
         """Lists of (uint8 image, label), one for each of `batches`: sequences of indices, tensors too."""
-        self.decode(workers)
+        self.decode()
         for batch in batches:
             yield [self[int(i)] for i in batch]
 
@@ -432,7 +432,7 @@ def training_batch(items, size, record, generator, device):
 
 
 @torch.no_grad()
-def predict(network, domain, record, images, crops=None, batch_size=32, device="cpu", workers=0, progress=lambda n: None):
+def predict(network, domain, record, images, crops=None, batch_size=32, device="cpu", progress=lambda n: None):
     """Class probabilities (len(images), classes) of `domain`, the softmax averaged over the crops of each image.
 
     crops: 1, 5 or 10; by default the paper's, 10 for a domain that trains with mirroring and 5 for one without.
@@ -440,7 +440,7 @@ def predict(network, domain, record, images, crops=None, batch_size=32, device="
     crops = crops or (10 if record["mirror"] else 5)
     network.eval()
     out = []
-    for items in images.batches(torch.arange(len(images)).split(batch_size), workers):
+    for items in images.batches(torch.arange(len(images)).split(batch_size)):
         x = normalise(test_crops([image for image, _ in items], images.crop, crops, device), record, device)
         parts = x.flatten(0, 1).split(len(items))  # one forward pass for each crop: ten at once outgrow a CPU's caches
         logits = torch.cat([network(part, domain) for part in parts])     # (B * crops, classes)
@@ -824,7 +824,7 @@ def run(network, facts, sets, args, progress):
     accuracies, results = {}, []
     for domain, images in sets.items():
         probabilities = predict(network, domain, facts["domains"][domain], images, args.crops, args.batch_size,
-                                args.device, args.workers, progress)
+                                args.device, progress)
         if images.labelled:
             accuracies[domain] = accuracy(probabilities, images)
         results += [{"image_id": image_id, "category_id": images.category_ids[label]}

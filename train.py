@@ -39,7 +39,7 @@ except ImportError:  # Windows has none
 import ba2ps
 from ba2ps import InputError
 from evaluate import (Images, accuracy, check_device, data_flags, data_options, describe, load_model, predict,
-                      progress_line, stop, training_batch)
+                      progress_line, stop, training_batch, write_json)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the method: domains in round robin; cross-entropy + budget + sharing; two optimizers and a multiplier per domain
@@ -52,11 +52,10 @@ def adapt(network, domains, facts, train, val, args, state, phase):
     network.freeze_backbone()
     if args.adapt == "all":
         network.requires_grad_(True)
-    owned = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    weights = [p for name, p in network.named_parameters() if p.requires_grad and ".switches." not in name]
     switches = [layer.switches[domain] for layer in ba2ps.switched_layers(network).values() for domain in domains]
     for parameter in switches:
         parameter.requires_grad_(args.adapt == "switches")
-    weights = [p for name, p in owned.items() if ".switches." not in name]  # batch-norm and classifiers
     weight_optimizer = torch.optim.SGD(weights, lr=args.lr, momentum=0.9)
     switch_optimizer = torch.optim.Adam(switches, lr=args.switch_lr)
     rates = [torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.milestone], gamma=0.1)
@@ -76,8 +75,8 @@ def adapt(network, domains, facts, train, val, args, state, phase):
         if plan is None:
             losses = dict.fromkeys(domains, 0.0)
             plan = schedule(args.schedule, {domain: len(train[domain]) for domain in domains}, args.batch_size, order)
-        feeds = {domain: train[domain].batches([own_rows(part[domain]) for part in plan[first:] if domain in part],
-                                               args.workers) for domain in domains}
+        feeds = {domain: train[domain].batches([own_rows(part[domain]) for part in plan[first:] if domain in part])
+                 for domain in domains}
         # part: {domain: indices of its images}, of one domain or, mixed, of several
         for step, part in enumerate(plan[first:], first):
             done, then = ((epoch - 1 + k / len(plan)) / args.epochs for k in (step, step + 1))  # before this step, after it
@@ -141,7 +140,7 @@ def adapt(network, domains, facts, train, val, args, state, phase):
     if not args.bn_as_trained:
         for domain in domains:
             record, shuffled = facts["domains"][domain], torch.randperm(len(train[domain]), generator=order).split(128)
-            feed = train[domain].batches([own_rows(part) for part in shuffled], args.workers)
+            feed = train[domain].batches([own_rows(part) for part in shuffled])
             ba2ps.reestimate_batch_norm(network, domain, (
                 own_crops(items, len(part), record, order, args)[0]
                 for items, part in zip(feed, shuffled) if not state.stopped()))
@@ -162,11 +161,12 @@ def fine_tune(network, domains, facts, train, val, args, state, out):
         adapt(alone, [domain], facts, train, val, args, state, phase)
         if processes()[0]:
             continue
-        baseline[domain] = accuracy(predict(alone, domain, record, val[domain], None, 32, args.device, args.workers), val[domain])
+        baseline[domain] = accuracy(predict(alone, domain, record, val[domain], None, 32, args.device), val[domain])
         alone.remove_domain(args.source)  # its weights are no longer the backbone's
         ba2ps.save(out / f"{domain}.pt", alone, **{**facts, "domains": {domain: record}, "budget": 1.0, "arguments": vars(args)})
         print(f"saved {out / domain}.pt: {baseline[domain]:.2f}% on val")
-    write_once(out / "baseline.json", lambda part: Path(part).write_text(json.dumps(baseline, indent=1), encoding="utf-8"))
+    if processes()[0] == 0:
+        write_json(out / "baseline.json", baseline)
     state.finish()
     say(f"saved {out / 'baseline.json'}; next: python evaluate.py MODEL --data {args.data} --baseline {out / 'baseline.json'}")
 
@@ -215,7 +215,7 @@ def validate(network, facts, val, domain, args, state):
     """Accuracy (%) of the centre crop on val, None where val is trained on, and in all processes but the first."""
     if val.get(domain) is None or processes()[0]:
         return None
-    return accuracy(predict(network, domain, facts["domains"][domain], val[domain], 1, 128, args.device, args.workers,
+    return accuracy(predict(network, domain, facts["domains"][domain], val[domain], 1, 128, args.device,
                             lambda number: state.stopped()), val[domain])
 
 
@@ -235,7 +235,7 @@ def train_backbone(network, facts, train, val, args, state):
         network.train()
         if plan is None:
             losses, plan = {source: 0.0}, torch.randperm(len(train), generator=order).split(64)
-        for step, items in enumerate(train.batches([own_rows(part) for part in plan[first:]], args.workers), first):
+        for step, items in enumerate(train.batches([own_rows(part) for part in plan[first:]]), first):
             size = len(plan[step])
             x, y = own_crops(items, size, record, order, args)
             with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
