@@ -80,7 +80,7 @@ def forbid(monkeypatch):
 
 
 def pixels(images):
-    return [(image.clone(), label) for image, label in images.batches([range(len(images))], 0).__next__()]
+    return [(image.clone(), label) for image, label in next(images.batches([range(len(images))]))]
 
 
 def same(a, b):
