@@ -44,10 +44,10 @@ from evaluate import (Images, accuracy, check_device, data_flags, data_options, 
 # ---------------------------------------------------------------------------------------------------------------------
 # the method: domains in round robin; cross-entropy + budget + sharing; two optimizers and a multiplier per domain
 
-def adapt(network, domains, facts, train, val, args, state, phase):
+def adapt(network, domains, facts, train, val, args, state, phase, name="adapt"):
     """Train what `domains` own, all else frozen. train, val: {domain: Images}, val[domain] None for no accuracy.
 
-    phase: which training of this run it is, 1, 2, ...; with it `state` knows from where to go on.
+    phase: which training of this run it is, 1, 2, ...; with it `state` knows from where to go on. name: of it, in the log.
     """
     network.freeze_backbone()
     if args.adapt == "all":
@@ -57,7 +57,7 @@ def adapt(network, domains, facts, train, val, args, state, phase):
     for parameter in switches:
         parameter.requires_grad_(args.adapt == "switches")
     weight_optimizer = torch.optim.SGD(weights, lr=args.lr, momentum=0.9)
-    switch_optimizer = torch.optim.Adam(switches, lr=args.switch_lr)
+    switch_optimizer = torch.optim.Adam(switches, lr=args.switch_lr, fused=True)
     rates = [torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.milestone], gamma=0.1)
              for optimizer in (weight_optimizer, switch_optimizer)]
     multipliers = {domain: ba2ps.KKTMultiplier(args.multiplier_lr) for domain in domains}
@@ -68,7 +68,7 @@ def adapt(network, domains, facts, train, val, args, state, phase):
              "rate of switches": rates[1], "lambda_PS": sharing, **{f"lambda of {d}": multipliers[d] for d in domains}}
     start, first, plan, losses = state.enter(phase, network, domains, order, parts)
     number = processes()[1]  # each adds its share of the loss
-    progress = counter((args.epochs + 1 - start) * sum(len(train[domain]) for domain in domains), "adapting")
+    progress = counter((args.epochs + 1 - start) * sum(len(train[domain]) for domain in domains), name)
 
     for epoch in range(start, args.epochs + 1):
         network.train()
@@ -135,7 +135,7 @@ def adapt(network, domains, facts, train, val, args, state, phase):
         first, plan = 0, None
         for rate in rates:
             rate.step()
-        report(network, domains, facts, val, args, state, epoch, losses, multipliers)
+        report(network, domains, facts, val, args, state, name, epoch, losses, multipliers)
 
     if not args.bn_as_trained:
         for domain in domains:
@@ -145,8 +145,23 @@ def adapt(network, domains, facts, train, val, args, state, phase):
                 own_crops(items, len(part), record, order, args)[0]
                 for items, part in zip(feed, shuffled) if not state.stopped()))
         say("batch-norm statistics re-estimated for the final switches:")
-        report(network, domains, facts, val, args, state, "final", losses, multipliers)
+        report(network, domains, facts, val, args, state, name, "final", losses, multipliers)
     facts.setdefault("multipliers", {}).update({domain: multipliers[domain].state_dict() for domain in domains})
+
+
+def refine(network, domains, facts, train, val, args, state, phase, out):
+    """Train batch-norm and classifiers on in what is left of the network once it is pruned, into refined.pt.
+
+    The switches stay as they are: the network computes what the whole one would, at the complexity of what is read.
+    """
+    small = ba2ps.prune(network, domains).to(args.device, memory_format=torch.channels_last)
+    share_batch_norm(small)
+    rest = argparse.Namespace(**{**vars(args), "adapt": "classifier", "budget": 1.0, "sharing": 0.0, "hold": False,
+                                 "epochs": args.refine, "milestone": max(1, 3 * args.refine // 4)})  # 45 of 60 in the paper
+    adapt(small, domains, facts, train, val, rest, state, phase, "refine")
+    if processes()[0] == 0:
+        ba2ps.save(out / "refined.pt", small, **{**facts, "domains": {domain: facts["domains"][domain] for domain in domains}})
+    say(f"saved {out / 'refined.pt'}, pruned: it no longer serves {args.source}")
 
 
 def fine_tune(network, domains, facts, train, val, args, state, out):
@@ -195,7 +210,7 @@ def schedule(name, sizes, batch_size, order):
     return [batch for _, _, batch in sorted(when, key=lambda entry: entry[:2])]
 
 
-def report(network, domains, facts, val, args, state, epoch, losses, multipliers):
+def report(network, domains, facts, val, args, state, name, epoch, losses, multipliers):
     """One line on the screen and a row per domain in the log; accuracies are those of the centre crop."""
     if processes()[0]:
         return
@@ -204,10 +219,10 @@ def report(network, domains, facts, val, args, state, epoch, losses, multipliers
     for domain in domains:
         on, correct = ba2ps.usage(network, domain), validate(network, facts, val, domain, args, state)
         cells.append(f"{domain} {losses[domain]:.2f} {'-' if correct is None else format(correct, '.1f')}% on {on:.2f}")
-        state.log.row(phase="adapt", epoch=epoch, domain=domain, loss=losses[domain], val_accuracy=correct, usage=on,
+        state.log.row(phase=name, epoch=epoch, domain=domain, loss=losses[domain], val_accuracy=correct, usage=on,
                       intersection=shared, sparsity_all=sparsity_all, multiplier=multipliers[domain].value)
     largest = max(multipliers.values(), key=lambda multiplier: multiplier.value).value
-    print(f"epoch {epoch} | {' | '.join(cells)} | intersection {shared:.2f} | sparsity all {sparsity_all:.2f} | "
+    print(f"{name} epoch {epoch} | {' | '.join(cells)} | intersection {shared:.2f} | sparsity all {sparsity_all:.2f} | "
           f"multiplier up to {largest:.2f}", flush=True)
 
 
@@ -557,8 +572,8 @@ def number_or_learned(word):
 
 RECIPES = {  # the flags that --recipe sets; one that is given goes first
     "paper": {},
-    "held": {"sharing": 0.0, "schedule": "batch", "hold": True, "shrink": 0.05, "common": True, "settle": 0.3,
-             "distinct": True, "multiplier_lr": 1.0}}
+    "held": {"sharing": 0.0, "schedule": "batch", "hold": True, "shrink": 0.05, "common": True, "settle": 0.15,
+             "distinct": True, "multiplier_lr": 1.0, "batch_size": 16}}
 
 
 def parse():
@@ -597,6 +612,8 @@ def parse():
     add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=1e-3, help="SGD, of batch-norm and classifiers")
     add("--switch-lr", type=float, default=1e-4, help="Adam, of the switches")
+    add("--refine", type=int, default=0, metavar="N",
+        help="epochs more of batch-norm and classifiers once the network is pruned, into refined.pt")
     add("--recipe", default="paper", choices=list(RECIPES),
         help="held: " + " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in RECIPES["held"].items()))
     add("--multiplier-lr", type=float, default=0.3, help="step of the KKT multiplier, times the excess over the budget")
@@ -615,7 +632,7 @@ def parse():
         raise InputError(f"--budget {args.budget:g} is outside (0, 1]: it is the share of switches a domain may have on")
     for flag, least, most in (
             ("sharing", 0, math.inf), ("lr", 0, math.inf), ("switch_lr", 0, math.inf), ("multiplier_lr", 0, math.inf),
-            ("backbone_epochs", 0, math.inf), ("epochs", 0, math.inf), ("milestone", 1, math.inf), ("workers", 0, math.inf),
+            ("backbone_epochs", 0, math.inf), ("epochs", 0, math.inf), ("refine", 0, math.inf), ("milestone", 1, math.inf), ("workers", 0, math.inf),
             ("batch_size", 1, math.inf), ("image_size", 16, math.inf)):
         value = getattr(args, flag)
         if value != "learned" and not (least <= value <= most and math.isfinite(value)):
@@ -624,6 +641,8 @@ def parse():
     if not (0 <= args.shrink <= min(args.settle, 1) and args.settle > 0):
         raise InputError(f"--shrink {args.shrink:g} and --settle {args.settle:g}: give shares of the epochs, the second above 0 "
                          "and not below the first, or the switches settle over budget")
+    if args.refine and args.adapt != "switches":
+        raise InputError(f"--refine {args.refine} goes on with a pruned network, --adapt {args.adapt} prunes nothing: leave it out")
     if args.independent and args.sharing:
         raise InputError(f"--independent trains every domain alone, --sharing {args.sharing} needs all: give --sharing 0")
     if args.backbone and args.start_from:
@@ -642,11 +661,17 @@ def run_name(args):
     given = RECIPES[args.recipe]
     for flag, usual in (("sharing_loss", "intersection"), ("share_to", "all"), ("schedule", "epoch"), ("independent", False),
                         ("start_from", None), ("hold", False), ("shrink", 0.0), ("common", False), ("settle", math.inf),
-                        ("distinct", False)):
+                        ("distinct", False),
+                        ("refine", 0)):
         value = getattr(args, flag)
         if value != given.get(flag, usual):
             words.append(flag.replace("_", "-") + ("" if value is True else str(value).replace("/", "_")))
     return "-".join([*words, f"seed{args.seed}"])
+
+
+def last_file(args, domains):
+    """The name of the file that a run writes when it is finished."""
+    return "refined.pt" if args.refine else "model.pt" if args.adapt != "all" else f"{domains[-1]}.pt"
 
 
 def main():
@@ -721,13 +746,13 @@ def main():
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = only_run(out) if processes()[0] == 0 else None  # noqa: F841, it lives as long as main
-        names = ["state.pt", "log.csv", "backbone.pt", "model.pt", "baseline.json", *(f"{domain}.pt" for domain in domains)]
+        names = ["state.pt", "log.csv", "backbone.pt", "model.pt", "refined.pt", "baseline.json", *(f"{domain}.pt" for domain in domains)]
         for left in [file for name in names for file in out.glob(f"{name}.*.part")] if lock else []:
             left.unlink()  # by a run that was killed while it wrote
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error}") from None
     resume = vars(args).pop("resume")  # how it came about is no property of a model
-    last = out / f"{domains[-1] if args.adapt == 'all' else 'model'}.pt"
+    last = out / last_file(args, domains)
     if resume and not (out / "state.pt").exists():
         if last.exists():
             check_arguments(args, ba2ps.load(last)[1].get("arguments", {}), last)
@@ -765,14 +790,21 @@ def train_all(network, domains, facts, train, val, args, state, out, backbone):
             network.add_domain(domain, len(facts["domains"][domain]["classes"]))
             if args.distinct:
                 ba2ps.distinct_switches(network, [domain])
-    for phase, group in enumerate([[domain] for domain in domains] if args.independent else [domains], 1):
-        if phase >= state.phase:
-            adapt(network, group, facts, train, val, args, state, phase)
-    facts.update(budget=args.budget, arguments=vars(args))
-    if processes()[0] == 0:
-        ba2ps.save(out / "model.pt", network, **facts)
+    groups = [[domain] for domain in domains] if args.independent else [domains]
+    if state.phase > len(groups):
+        network = ba2ps.load(out / "model.pt")[0].to(args.device)
+    else:
+        for phase, group in enumerate(groups, 1):
+            if phase >= state.phase:
+                adapt(network, group, facts, train, val, args, state, phase)
+        facts.update(budget=args.budget, arguments=vars(args))
+        if processes()[0] == 0:
+            ba2ps.save(out / "model.pt", network, **facts)
+        wait()
+    if args.refine:
+        refine(network, domains, facts, train, val, args, state, len(groups) + 1, out)
     state.finish()
-    say(f"saved {out / 'model.pt'}; next: python evaluate.py {out / 'model.pt'} --data {args.data}")
+    say(f"saved {out / 'model.pt'}; next: python evaluate.py {out / last_file(args, domains)} --data {args.data}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def step_of(kind, widen_factor, size, memory_format, domains=10):
     switches = [p for name, p in net.named_parameters() if ".switches." in name]
     weights = [p for name, p in net.named_parameters() if p.requires_grad and ".switches." not in name]
     optimizers = [torch.optim.SGD(weights, lr=1e-3, momentum=0.9)] if weights else []
-    optimizers += [torch.optim.Adam(switches, lr=1e-4)] if switches else []
+    optimizers += [torch.optim.Adam(switches, lr=1e-4, fused=True)] if switches else []
 
     def step():
         loss = F.cross_entropy(net(x, "d0"), y)

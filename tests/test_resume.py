@@ -26,7 +26,7 @@ FAST = [*SMALL, "--backbone-epochs", "2", "--epochs", "2", "--milestone", "1", "
         "1e-3", "--multiplier-lr", "1", "--budget", "0.5"]
 RUNS = {  # all phases, recipes, schedules and kinds of training
     "paper": ["--source", "animals", "--sharing", "learned"],
-    "held": ["--backbone", "RUN/backbone.pt", "--recipe", "held", "--schedule", "mixed"],
+    "held": ["--backbone", "RUN/backbone.pt", "--recipe", "held", "--schedule", "mixed", "--refine", "2"],
     "independent": ["--start-from", "RUN/model.pt", "--independent", "--sharing", "0", "--schedule", "batch"],
     "all": ["--source", "animals", "--adapt", "all"]}
 

@@ -202,6 +202,23 @@ def test_independent_training_is_that_of_each_domain_alone(adapted):
     assert any(not torch.equal(value, owned(both, "birds")[name]) for name, value in owned(together, "birds").items())
 
 
+def test_refining_goes_on_from_the_pruned_model_with_its_switches_as_they_are(adapted, tmp_path, data):
+    """No epoch of it would give prune's network; an epoch moves batch-norm and classifiers, no switch and no convolution."""
+    whole, _ = adapted("run", "--recipe", "held", "--budget", "0.25", "--refine", "1", "--no-mirror", "cars")
+    refined, facts = ba2ps.load(tmp_path / "run/refined.pt")
+    pruned = ba2ps.prune(whole)
+    assert refined.domains == whole.domains and refined.source not in refined.classifiers
+    assert set(facts["domains"]) == set(whole.domains) and facts["budget"] == 0.25
+    assert ba2ps.usage(refined, "birds") == ba2ps.usage(whole, "birds") and ba2ps.macs(refined) == ba2ps.macs(pruned)
+    assert torch.equal(ba2ps.binary_switches(refined, whole.domains), ba2ps.binary_switches(pruned, whole.domains))
+    moved = {name for name, value in refined.state_dict().items() if not torch.equal(value, pruned.state_dict()[name])}
+    assert not moved & {f"{name}.weight" for name, module in pruned.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    assert {f"classifiers.{domain}.weight" for domain in whole.domains} <= moved
+    rows = (tmp_path / "run/log.csv").read_text().splitlines()
+    assert [row.split(",")[:3] for row in rows if row.startswith("refine")] == [
+        ["refine", epoch, domain] for epoch in ("1", "final") for domain in ("birds", "cars")]
+
+
 @pytest.mark.parametrize("schedule", ["batch", "mixed"])
 def test_other_schedules_and_forms_train(adapted, schedule):
     usual, _ = adapted("usual", "--budget", "0.25")
