@@ -60,14 +60,16 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
     switch_optimizer = torch.optim.Adam(switches, lr=args.switch_lr, fused=True)
     rates = [torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.milestone], gamma=0.1)
              for optimizer in (weight_optimizer, switch_optimizer)]
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
     multipliers = {domain: ba2ps.KKTMultiplier(args.multiplier_lr) for domain in domains}
     learned = args.sharing == "learned"
     sharing = ba2ps.KKTMultiplier(args.multiplier_lr if learned else 0, 0 if learned else args.sharing)  # lambda_PS
     order = torch.Generator().manual_seed(args.seed)  # of domains, images, crops and mirroring
     parts = {"weights": weight_optimizer, "switches": switch_optimizer, "rate of weights": rates[0],
-             "rate of switches": rates[1], "lambda_PS": sharing, **{f"lambda of {d}": multipliers[d] for d in domains}}
+             "rate of switches": rates[1], "scale of the loss": scaler, "lambda_PS": sharing, **{f"lambda of {d}": multipliers[d] for d in domains}}
     start, first, plan, losses = state.enter(phase, network, domains, order, parts)
     number = processes()[1]  # each adds its share of the loss
+    forward = compiled(network, domains) if args.compile else network
     progress = counter((args.epochs + 1 - start) * sum(len(train[domain]) for domain in domains), name)
 
     for epoch in range(start, args.epochs + 1):
@@ -90,18 +92,19 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
             for domain, indices in part.items():
                 items, record = next(feeds[domain]), facts["domains"][domain]
                 x, y = own_crops(items, len(indices), record, order, args)                   # (B, 3, S, S), (B,)
-                with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
-                    logits = network(x, domain)
+                with autocast(args):
+                    logits = forward(x, domain)
                 task = F.cross_entropy(logits.float(), y) if items else 0 * logits.sum()
                 loss = loss + task * (len(items) / size)
                 tasks.append(task.item() * len(items))
-            own = ba2ps.binary_switches(network, list(part))                                 # (domains of the batch, M)
+            # settled, what follows would add constants
+            own = [] if settled else ba2ps.binary_switches(network, list(part))              # (domains of the batch, M)
             for domain, s in zip(part, own):
                 # held, the usage is beta and the hinge would be flat; but its price has to go on working through Adam, which
                 # moves a switch by the price over the size of its gradients: so it is the unimportant ones that go off
                 price = multipliers[domain].value
                 loss = loss + (price * s.mean() if args.hold else ba2ps.budget_loss(s, budget, price)) / number
-            if sharing.value or sharing.lr:
+            if (sharing.value or sharing.lr) and not settled:
                 # without sharing the other domains get no gradient at all: a zero one would let Adam's momentum move them
                 others = [domain for domain in domains if domain not in part]
                 with torch.set_grad_enabled(args.share_to == "all"):
@@ -110,7 +113,7 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
                 sharing.update(ba2ps.sharing_excess(s.detach(), budget, args.sharing_loss).item(), 0)
             weight_optimizer.zero_grad()
             switch_optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
             loss, *tasks = add_up(weights + switches, [loss.item(), *tasks], state)
             if not math.isfinite(loss):
                 broken = [domain for domain, task in zip(part, tasks) if not math.isfinite(task)]
@@ -118,17 +121,21 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
                                  "lower --lr or --switch-lr; the last good checkpoint stays")
             for domain, task in zip(part, tasks):
                 losses[domain] += task / len(train[domain])
-            weight_optimizer.step()
+            scaler.step(weight_optimizer)
             if not settled:
                 for group in switch_optimizer.param_groups if args.settle < math.inf else ():
                     group["lr"] = args.switch_lr * (1 - done / args.settle)
-                switch_optimizer.step()
+                if args.adapt == "switches":
+                    scaler.step(switch_optimizer)
+                else:
+                    switch_optimizer.step()  # nothing to do, which a scaler refuses and the schedule of its rate wants
                 for domain, s in zip(part, own):  # held, it counts where the usage would go
                     multipliers[domain].update(ba2ps.usage(network, domain) if args.hold else s.mean().item(), budget)
                 if args.common:
                     ba2ps.share_switches(network, domains)
                 for domain in domains if args.hold and budget < 1 else ():
                     ba2ps.hold_budget(network, domain, budget)
+            scaler.update()
             progress(size)
             state.step_done(epoch, step + 1, plan, losses)
         state.save(epoch, len(plan), [], losses)  # before validation, which may take long
@@ -154,7 +161,7 @@ def refine(network, domains, facts, train, val, args, state, phase, out):
 
     The switches stay as they are: the network computes what the whole one would, at the complexity of what is read.
     """
-    small = ba2ps.prune(network, domains).to(args.device, memory_format=torch.channels_last)
+    small = ba2ps.prune(network, domains).to(args.device, memory_format=memory_format(args))
     share_batch_norm(small)
     rest = argparse.Namespace(**{**vars(args), "adapt": "classifier", "budget": 1.0, "sharing": 0.0, "hold": False,
                                  "epochs": args.refine, "milestone": max(1, 3 * args.refine // 4)})  # 45 of 60 in the paper
@@ -210,6 +217,22 @@ def schedule(name, sizes, batch_size, order):
     return [batch for _, _, batch in sorted(when, key=lambda entry: entry[:2])]
 
 
+def autocast(args):
+    """What --precision says, for the forward pass; losses, switches and optimizers stay in float32."""
+    dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
+
+
+def memory_format(args):
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def compiled(network, domains):
+    """torch.compile of network, compiled anew for every domain, for its parameters: with its switches trained and settled."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(domains) + 4)
+    return torch.compile(network)
+
+
 def report(network, domains, facts, val, args, state, name, epoch, losses, multipliers):
     """One line on the screen and a row per domain in the log; accuracies are those of the centre crop."""
     if processes()[0]:
@@ -243,8 +266,11 @@ def train_backbone(network, facts, train, val, args, state):
     steps = max(1, args.backbone_epochs * math.ceil(len(train) / 64))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
     order = torch.Generator().manual_seed(args.seed)
-    start, first, plan, losses = state.enter(0, network, [source], order, {"weights": optimizer, "rate": schedule})
+    start, first, plan, losses = state.enter(0, network, [source], order,
+                                             {"weights": optimizer, "rate": schedule, "scale of the loss": scaler})
+    forward = compiled(network, [source]) if args.compile else network
     progress = counter((args.backbone_epochs + 1 - start) * len(train), "backbone")
     for epoch in range(start, args.backbone_epochs + 1):
         network.train()
@@ -253,16 +279,17 @@ def train_backbone(network, facts, train, val, args, state):
         for step, items in enumerate(train.batches([own_rows(part) for part in plan[first:]]), first):
             size = len(plan[step])
             x, y = own_crops(items, size, record, order, args)
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
-                logits = network(x, source)
+            with autocast(args):
+                logits = forward(x, source)
             loss = F.cross_entropy(logits.float(), y) if items else 0 * logits.sum()
             optimizer.zero_grad()
-            (loss * (len(items) / size)).backward()
+            scaler.scale(loss * (len(items) / size)).backward()
             total, = add_up(network.parameters(), [loss.item() * len(items)], state)
             if not math.isfinite(total):
                 raise InputError(f"the loss of {source} is {total / size} in epoch {epoch} of the backbone, step {step + 1}: "
                                  "check its images and labels; the last good checkpoint stays")
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             schedule.step()
             losses[source] += total / len(train)
             progress(size)
@@ -618,7 +645,9 @@ def parse():
         help="held: " + " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in RECIPES["held"].items()))
     add("--multiplier-lr", type=float, default=0.3, help="step of the KKT multiplier, times the excess over the budget")
     add("--bn-as-trained", action="store_true", help="do not re-estimate batch-norm statistics for the final switches")
-    add("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
+    add("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="bf16, fp16: autocast")
+    add("--channels-last", action=argparse.BooleanOptionalAction, default=True, help="the memory format of images and network")
+    add("--compile", action="store_true", help="torch.compile, once for every domain: it pays in long runs only")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     data_flags(parser)
@@ -651,6 +680,8 @@ def parse():
         raise InputError("--adapt all starts from a --backbone and measures its baseline on val: leave out "
                          f"{'--start-from' if args.start_from else '--splits val'}")
     check_device(args.device)
+    if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        raise InputError("--compile needs a C++ compiler, and there is none: install one, or leave it out")
     return args
 
 
@@ -764,7 +795,7 @@ def main():
 
     say(f"WRN-{network.depth}-{network.widen_factor}, source {args.source}, on {args.device}; adapting to "
         f"{', '.join(domains)} at beta = {args.budget:g}, lambda_PS = {args.sharing}; writing to {out}")
-    network.to(args.device, memory_format=torch.channels_last)
+    network.to(args.device, memory_format=memory_format(args))
     share_batch_norm(network)
     with state:
         train_all(network, domains, facts, train, val, args, state, out, backbone=not given)

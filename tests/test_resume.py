@@ -27,7 +27,7 @@ FAST = [*SMALL, "--backbone-epochs", "2", "--epochs", "2", "--milestone", "1", "
 RUNS = {  # all phases, recipes, schedules and kinds of training
     "paper": ["--source", "animals", "--sharing", "learned"],
     "held": ["--backbone", "RUN/backbone.pt", "--recipe", "held", "--schedule", "mixed", "--refine", "2"],
-    "independent": ["--start-from", "RUN/model.pt", "--independent", "--sharing", "0", "--schedule", "batch"],
+    "independent": ["--start-from", "RUN/model.pt", "--independent", "--sharing", "0", "--schedule", "batch", "--precision", "fp16"],
     "all": ["--source", "animals", "--adapt", "all"]}
 
 
@@ -279,7 +279,7 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(data, trained, tmp_path):
     written = (out / "model.pt").stat().st_mtime_ns
     code, printed = child([*words, "--resume"])
     assert code == 0 and "finished" in printed and (out / "model.pt").stat().st_mtime_ns == written
-    refused([*words, "--resume", "--seed", "1"], "--seed 0, not 1", "model.pt")
+    refused([*words, "--resume", "--seed", "1"], "--seed 0, not 1", "refined.pt")
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(data, trained, whole, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -200,6 +201,26 @@ def test_independent_training_is_that_of_each_domain_alone(adapted):
     assert all(torch.equal(value, owned(both, "birds")[name]) for name, value in owned(alone, "birds").items())
     assert all(torch.equal(value, owned(both, "cars")[name]) for name, value in owned(cars, "cars").items())
     assert any(not torch.equal(value, owned(both, "birds")[name]) for name, value in owned(together, "birds").items())
+
+
+@pytest.mark.parametrize("words, near", [
+    (["--precision", "bf16"], 0.05), (["--precision", "fp16"], 0.01), (["--no-channels-last"], 1e-4), (["--compile"], 1e-4)])
+def test_precision_memory_format_and_compile_train_the_same_network(words, near, adapted, monkeypatch):
+    """At a rate at which an epoch does not yet multiply rounding errors; the logits, relative to the largest.
+
+    Compiled without generating code, which takes a minute here and needs a compiler.
+    """
+    real, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or real(network, backend="aot_eager"))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    slow = ["--lr", "1e-3", "--switch-lr", "1e-5", "--domains", "birds"]
+    usual, other = (adapted(name, *slow, *more)[0].eval() for name, more in (("usual", []), ("other", words)))
+    x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, two = usual(x, "birds"), other(x, "birds")
+    assert (one - two).abs().max() < near * one.abs().max()
+    assert "--precision" not in words or not torch.equal(one, two)
+    assert len(compiled) == (words == ["--compile"])
 
 
 def test_refining_goes_on_from_the_pruned_model_with_its_switches_as_they_are(adapted, tmp_path, data):
