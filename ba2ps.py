@@ -46,14 +46,20 @@ class InputError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------
 # the switch and the layers a domain owns a part of
 
+def _is_on(switches, widths):
+    """1[s > 0] of (..., sum of widths), in float, and 1 for the strongest of a layer, `widths` wide, that would be off."""
+    strongest = [layer == layer.amax(-1, keepdim=True) for layer in switches.split(widths, -1)]
+    return ((switches > 0) | torch.cat(strongest, -1)).to(switches.dtype)  # where any is on, so is the strongest
+
+
 class _Binarize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, switches):
-        return (switches > 0).to(switches.dtype)
+    def forward(ctx, switches, widths):
+        return (switches > 0).to(switches.dtype) if widths is None else _is_on(switches, widths)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad  # straight through, also where the switch is off: that is how a channel comes back
+        return grad, None  # straight through, also where the switch is off: that is how a channel comes back
 
 
 def binarize(switches):
@@ -61,14 +67,7 @@ def binarize(switches):
 
     Any shape and float dtype; exactly 0 is off.
     """
-    return _Binarize.apply(switches)
-
-
-def _binary(switches, widths):
-    """binarize of (N, sum of widths), and 1 for the strongest of a layer, `widths` wide, that would be off as a whole."""
-    layers = switches.detach().split(widths, 1)
-    strongest = torch.cat([layer == layer.amax(1, keepdim=True) for layer in layers], 1) & (switches <= 0)
-    return binarize(switches) + strongest
+    return _Binarize.apply(switches, None)
 
 
 def _channel_dot(a, b):
@@ -84,7 +83,8 @@ class _SwitchedConvolution(torch.autograd.Function):
     """conv2d of the channels of x that are on. Autograd's own would keep the masked x besides x and, with the mask on the
     weight, compute the gradient of a frozen weight; this one keeps x alone, and gives the switches one number a channel."""
     @staticmethod
-    def forward(ctx, x, on, weight, bias, *geometry):  # x: (B, C_in, H, W), on: (C_in,), geometry: stride, padding, dilation
+    def forward(ctx, x, switches, weight, bias, *geometry):  # x: (B, C_in, H, W), switches: (C_in,), real
+        on = _is_on(switches, [len(switches)])
         ctx.save_for_backward(x, on, weight)
         ctx.geometry = geometry
         return F.conv2d(x, weight * on.view(1, -1, 1, 1), bias, *geometry)
@@ -93,19 +93,19 @@ class _SwitchedConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, on, weight = ctx.saved_tensors
-        mask, (to_x, to_on, to_weight, to_bias, *_) = on.view(1, -1, 1, 1).to(grad.dtype), ctx.needs_input_grad
-        x_grad = on_grad = weight_grad = bias_grad = None
-        if to_x or to_on:
+        mask, (to_x, to_switches, to_weight, to_bias, *_) = on.view(1, -1, 1, 1).to(grad.dtype), ctx.needs_input_grad
+        x_grad = switches_grad = weight_grad = bias_grad = None
+        if to_x or to_switches:
             x_grad = conv2d_input(x.shape, weight.to(grad.dtype), grad, *ctx.geometry)  # with every channel on
-        if to_on:
-            on_grad = _channel_dot(x_grad, x.to(grad.dtype)).to(on.dtype)
+        if to_switches:  # straight through
+            switches_grad = _channel_dot(x_grad, x.to(grad.dtype)).to(on.dtype)
         if to_x:
             x_grad = x_grad.mul_(mask).to(x.dtype)
         if to_weight:
             weight_grad = conv2d_weight(x.to(grad.dtype), weight.shape, grad, *ctx.geometry).mul_(mask).to(weight.dtype)
         if to_bias:
             bias_grad = grad.sum((0, 2, 3))
-        return x_grad, on_grad, weight_grad, bias_grad, None, None, None
+        return x_grad, switches_grad, weight_grad, bias_grad, None, None, None
 
 
 class SwitchedConv2d(nn.Conv2d):
@@ -139,7 +139,7 @@ class SwitchedConv2d(nn.Conv2d):
 
     def binary_switches(self, domains):
         """The 0/1 switches of `domains` (a list of names), with the straight-through gradient: (len(domains), C_in)."""
-        return _binary(torch.stack([self.switches[domain] for domain in domains]), [self.in_channels])
+        return _Binarize.apply(torch.stack([self.switches[domain] for domain in domains]), [self.in_channels])
 
     def read(self, domains):
         """(C_in,) bool, on the CPU: the channels that any of `domains` reads; one without switches reads all."""
@@ -150,11 +150,10 @@ class SwitchedConv2d(nn.Conv2d):
     def forward(self, x, domain=None):
         if domain not in self.switches:
             return super().forward(x)
-        on = self.binary_switches([domain])[0]
         if not torch.is_grad_enabled() or isinstance(self.padding, str) or self.padding_mode != "zeros":
             # nothing to keep for the backward pass, or a padding that conv2d_input does not know
-            return super().forward(x * on.view(1, -1, 1, 1).to(x.dtype))
-        return _SwitchedConvolution.apply(x, on, self.weight, self.bias, self.stride, self.padding, self.dilation)
+            return super().forward(x * self.binary_switches([domain]).view(1, -1, 1, 1).to(x.dtype))
+        return _SwitchedConvolution.apply(x, self.switches[domain], self.weight, self.bias, self.stride, self.padding, self.dilation)
 
 
 class DomainModules(nn.ModuleDict):
@@ -318,7 +317,7 @@ def binary_switches(network, domains):
     """All M switches of each of `domains`, 0 or 1, with the straight-through gradient: (len(domains), M)."""
     layers = list(switched_layers(network).values())
     switches = torch.stack([torch.cat([layer.switches[domain] for layer in layers]) for domain in domains])  # (N, M)
-    return _binary(switches, [layer.in_channels for layer in layers])
+    return _Binarize.apply(switches, [layer.in_channels for layer in layers])
 
 
 def budget_loss(switches, budget, multiplier):

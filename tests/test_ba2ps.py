@@ -61,6 +61,38 @@ def test_switched_conv_reads_only_what_is_on_and_every_switch_has_its_gradient()
     torch.testing.assert_close(layer(x, "source"), F.conv2d(x, layer.weight, layer.bias, 2, 1))
 
 
+@pytest.mark.parametrize("arguments", [
+    {}, {"stride": 2, "padding": 1}, {"padding": (0, 2), "dilation": (2, 1), "bias": False}, {"padding": "same"},
+    {"padding": 1, "padding_mode": "reflect"}])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_a_switched_conv_are_those_of_masking_its_input(arguments, layout):
+    """Of the input, weight and bias where somebody trains them, against autograd's own; nothing large is kept but the input."""
+    layer = ba2ps.SwitchedConv2d(6, 5, 3, domains=["a"], **arguments).double().to(memory_format=layout)
+    layer.switches["a"].data = torch.randn(6).double()
+    x = torch.randn(3, 6, 8, 9).double().to(memory_format=layout).requires_grad_()
+    on = (layer.switches["a"] > 0).double().requires_grad_()
+    wanted = [x, *layer.parameters()]
+    plain = torch.nn.Conv2d(6, 5, 3, **arguments).double()
+    plain.weight, plain.bias = layer.weight, layer.bias
+    expected = plain(x * on[:, None, None])
+    cotangent = torch.randn_like(expected)
+    grads = torch.autograd.grad(expected, [on if p is layer.switches["a"] else p for p in wanted], cotangent)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = layer(x, "a")
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out, wanted, cotangent), grads)
+    if layer.padding_mode == "zeros" and layer.padding != "same":
+        assert {t.data_ptr() for t in kept if t.numel() >= x.numel()} == {x.data_ptr()}
+
+
+def test_a_switched_conv_takes_a_batch_of_none():
+    layer = ba2ps.SwitchedConv2d(3, 2, 1, domains=["a"])
+    x = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    layer(x, "a").sum().backward()
+    assert x.grad.shape == x.shape and layer.switches["a"].grad.tolist() == [0, 0, 0]
+
+
 def test_the_strongest_channel_stays_on_and_keeps_its_gradient():
     layer = ba2ps.SwitchedConv2d(3, 2, 1, domains=["a", "b"])
     layer.switches["a"].data = torch.tensor([-0.3, -0.1, -0.2])
