@@ -177,8 +177,9 @@ def step_of(kind, widen_factor, size, memory_format, domains=10):
 
 
 def peak_of(kind, widen_factor, size, memory_format):
-    """Bytes that three steps add to the peak of a process of its own."""
+    """Bytes that three steps add to the peak of a process of its own, which a small step has made import what it needs."""
     words = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import benchmark, torch; " \
+            f"benchmark.step_of({kind!r}, 1, 16, {memory_format})(); " \
             f"step = benchmark.step_of({kind!r}, {widen_factor}, {size}, {memory_format}); before = benchmark.peak(); " \
             "[step() for _ in range(3)]; print(benchmark.peak() - before)"
     return int(subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True).stdout)
