@@ -71,12 +71,12 @@ def binarize(switches):
 
 
 def _channel_dot(a, b):
-    """(a * b).sum((0, 2, 3)) of two (B, C, H, W) in one pass, 2 to 4 times as fast: what batch-norm's backward has a kernel for."""
+    """(a * b).sum((0, 2, 3)) of two (B, C, H, W), in one pass: batch-norm's backward has a kernel for it, 2 to 4 times as fast."""
     if not a.numel():  # which that kernel divides by
         return a.new_zeros(a.shape[1])
     dtype = torch.float32 if a.dtype in (torch.bfloat16, torch.float16) else a.dtype
-    mean, variance = torch.zeros(a.shape[1], dtype=dtype, device=a.device), torch.ones(a.shape[1], dtype=dtype, device=a.device)
-    return torch.ops.aten.native_batch_norm_backward(a, b, None, mean, variance, None, None, False, 0.0, [False, True, False])[1]
+    zeros = torch.zeros(a.shape[1], dtype=dtype, device=a.device)  # as the mean of b, and its variance is 1
+    return torch.ops.aten.native_batch_norm_backward(a, b, None, zeros, zeros + 1, None, None, False, 0.0, (False, True, False))[1]
 
 
 class _SwitchedConvolution(torch.autograd.Function):
@@ -153,7 +153,8 @@ class SwitchedConv2d(nn.Conv2d):
         if not torch.is_grad_enabled() or isinstance(self.padding, str) or self.padding_mode != "zeros":
             # nothing to keep for the backward pass, or a padding that conv2d_input does not know
             return super().forward(x * self.binary_switches([domain]).view(1, -1, 1, 1).to(x.dtype))
-        return _SwitchedConvolution.apply(x, self.switches[domain], self.weight, self.bias, self.stride, self.padding, self.dilation)
+        return _SwitchedConvolution.apply(x, self.switches[domain], self.weight, self.bias,
+                                          self.stride, self.padding, self.dilation)
 
 
 class DomainModules(nn.ModuleDict):

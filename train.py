@@ -65,8 +65,8 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
     learned = args.sharing == "learned"
     sharing = ba2ps.KKTMultiplier(args.multiplier_lr if learned else 0, 0 if learned else args.sharing)  # lambda_PS
     order = torch.Generator().manual_seed(args.seed)  # of domains, images, crops and mirroring
-    parts = {"weights": weight_optimizer, "switches": switch_optimizer, "rate of weights": rates[0],
-             "rate of switches": rates[1], "scale of the loss": scaler, "lambda_PS": sharing, **{f"lambda of {d}": multipliers[d] for d in domains}}
+    parts = {"weights": weight_optimizer, "switches": switch_optimizer, "rate of weights": rates[0], "rate of switches": rates[1],
+             "scale of the loss": scaler, "lambda_PS": sharing, **{f"lambda of {d}": multipliers[d] for d in domains}}
     start, first, plan, losses = state.enter(phase, network, domains, order, parts)
     number = processes()[1]  # each adds its share of the loss
     forward = compiled(network, domains) if args.compile else network
@@ -661,8 +661,8 @@ def parse():
         raise InputError(f"--budget {args.budget:g} is outside (0, 1]: it is the share of switches a domain may have on")
     for flag, least, most in (
             ("sharing", 0, math.inf), ("lr", 0, math.inf), ("switch_lr", 0, math.inf), ("multiplier_lr", 0, math.inf),
-            ("backbone_epochs", 0, math.inf), ("epochs", 0, math.inf), ("refine", 0, math.inf), ("milestone", 1, math.inf), ("workers", 0, math.inf),
-            ("batch_size", 1, math.inf), ("image_size", 16, math.inf)):
+            ("backbone_epochs", 0, math.inf), ("epochs", 0, math.inf), ("refine", 0, math.inf), ("milestone", 1, math.inf),
+            ("workers", 0, math.inf), ("batch_size", 1, math.inf), ("image_size", 16, math.inf)):
         value = getattr(args, flag)
         if value != "learned" and not (least <= value <= most and math.isfinite(value)):
             raise InputError(f"--{flag.replace('_', '-')} {value} is out of range: give {least} "
@@ -671,7 +671,8 @@ def parse():
         raise InputError(f"--shrink {args.shrink:g} and --settle {args.settle:g}: give shares of the epochs, the second above 0 "
                          "and not below the first, or the switches settle over budget")
     if args.refine and args.adapt != "switches":
-        raise InputError(f"--refine {args.refine} goes on with a pruned network, --adapt {args.adapt} prunes nothing: leave it out")
+        raise InputError(f"--refine {args.refine} goes on with a pruned network, but --adapt {args.adapt} prunes nothing: leave "
+                         "it out")
     if args.independent and args.sharing:
         raise InputError(f"--independent trains every domain alone, --sharing {args.sharing} needs all: give --sharing 0")
     if args.backbone and args.start_from:
@@ -777,7 +778,8 @@ def main():
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = only_run(out) if processes()[0] == 0 else None  # noqa: F841, it lives as long as main
-        names = ["state.pt", "log.csv", "backbone.pt", "model.pt", "refined.pt", "baseline.json", *(f"{domain}.pt" for domain in domains)]
+        names = ["state.pt", "log.csv", "backbone.pt", "model.pt", "refined.pt", "baseline.json",
+                 *(f"{domain}.pt" for domain in domains)]
         for left in [file for name in names for file in out.glob(f"{name}.*.part")] if lock else []:
             left.unlink()  # by a run that was killed while it wrote
     except OSError as error:
