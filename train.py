@@ -163,7 +163,7 @@ def refine(network, domains, facts, train, val, args, state, phase, out):
     """
     small = ba2ps.prune(network, domains).to(args.device, memory_format=memory_format(args))
     share_batch_norm(small)
-    rest = argparse.Namespace(**{**vars(args), "adapt": "classifier", "budget": 1.0, "sharing": 0.0, "hold": False,
+    rest = argparse.Namespace(**{**vars(args), "adapt": "classifier", "budget": 1.0, "sharing": 0.0, "settle": 0.0,
                                  "epochs": args.refine, "milestone": max(1, 3 * args.refine // 4)})  # 45 of 60 in the paper
     adapt(small, domains, facts, train, val, rest, state, phase, "refine")
     if processes()[0] == 0:
