@@ -76,7 +76,7 @@ def without_augmentation():
 
 
 @pytest.mark.parametrize("words, augmented", [
-    (["--distinct"], False), (["--recipe", "held", "--sharing", "1", "--schedule", "mixed"], True)], ids=["paper", "held"])
+    (["--distinct"], False), (["--recipe", "held", "--sharing", "1", "--schedule", "mixed", "--refine", "1"], True)], ids=["paper", "held"])
 def test_two_processes_follow_one(words, augmented, data, tmp_path):
     """The backbone, then fifty steps of adapting, the last batch of an epoch a single image; with the same crops, too.
 
@@ -89,7 +89,9 @@ def test_two_processes_follow_one(words, augmented, data, tmp_path):
                       "--batch-size", "4", "--budget", "0.5", *words, "--out", out,
                       prepare=lambda: None if augmented else without_augmentation())
         assert codes == [0] * number
-        states.append(ba2ps.load(out / "model.pt")[0].state_dict())
+        states.append({(path.name, name): value for path in (out / "model.pt", out / "refined.pt") if path.exists()
+                       for name, value in ba2ps.load(path)[0].state_dict().items()})
+    assert ("--refine" in words) == any(file == "refined.pt" for file, _ in states[0])
     for name, value in states[0].items():
         assert torch.allclose(value, states[1][name], rtol=0, atol=1e-4), name
 
