@@ -108,7 +108,8 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
                 # without sharing the other domains get no gradient at all: a zero one would let Adam's momentum move them
                 others = [domain for domain in domains if domain not in part]
                 with torch.set_grad_enabled(args.share_to == "all"):
-                    s = torch.cat([own, ba2ps.binary_switches(network, others)]) if others else own  # (N, M)
+                    rest = [ba2ps.binary_switches(network, others)] if others else []
+                s = torch.cat([own, *rest])                                                  # (N, M)
                 loss = loss + ba2ps.sharing_loss(s, budget, sharing.value, args.sharing_loss) / number
                 sharing.update(ba2ps.sharing_excess(s.detach(), budget, args.sharing_loss).item(), 0)
             weight_optimizer.zero_grad()

@@ -240,6 +240,15 @@ def test_refining_goes_on_from_the_pruned_model_with_its_switches_as_they_are(ad
         ["refine", epoch, domain] for epoch in ("1", "final") for domain in ("birds", "cars")]
 
 
+def test_sharing_with_the_current_domain_alone_is_not_ba2(adapted):
+    """The gradient of the intersection keeps switches on in the batch's domain too, if in that alone: see that it arrives."""
+    def usage(name, *words):
+        network, _ = adapted(name, *words, "--budget", "1", "--epochs", "4", "--bn-as-trained", "--lr", "0")
+        return [ba2ps.usage(network, domain) for domain in ("birds", "cars")]
+    ba2, current = usage("ba2", "--sharing", "0"), usage("current", "--sharing", "100", "--share-to", "current")
+    assert all(shared > alone + 0.05 for shared, alone in zip(current, ba2))
+
+
 @pytest.mark.parametrize("schedule", ["batch", "mixed"])
 def test_other_schedules_and_forms_train(adapted, schedule):
     usual, _ = adapted("usual", "--budget", "0.25")
