@@ -58,15 +58,16 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
         parameter.requires_grad_(args.adapt == "switches")
     weight_optimizer = torch.optim.SGD(weights, lr=args.lr, momentum=0.9)
     switch_optimizer = torch.optim.Adam(switches, lr=args.switch_lr, fused=True)
-    rates = [torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.milestone], gamma=0.1)
-             for optimizer in (weight_optimizer, switch_optimizer)]
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
+    optimizers = {"weights": weight_optimizer, **({"switches": switch_optimizer} if args.adapt == "switches" else {})}
+    rates = {f"rate of {owned}": torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.milestone], gamma=0.1)
+             for owned, optimizer in optimizers.items()}
+    scaler = loss_scaler(args)
     multipliers = {domain: ba2ps.KKTMultiplier(args.multiplier_lr) for domain in domains}
     learned = args.sharing == "learned"
     sharing = ba2ps.KKTMultiplier(args.multiplier_lr if learned else 0, 0 if learned else args.sharing)  # lambda_PS
     order = torch.Generator().manual_seed(args.seed)  # of domains, images, crops and mirroring
-    parts = {"weights": weight_optimizer, "switches": switch_optimizer, "rate of weights": rates[0], "rate of switches": rates[1],
-             "scale of the loss": scaler, "lambda_PS": sharing, **{f"lambda of {d}": multipliers[d] for d in domains}}
+    parts = {**optimizers, **rates, "scale of the loss": scaler, "lambda_PS": sharing,
+             **{f"lambda of {d}": multipliers[d] for d in domains}}
     start, first, plan, losses = state.enter(phase, network, domains, order, parts)
     number = processes()[1]  # each adds its share of the loss
     forward = compiled(network, domains) if args.compile else network
@@ -83,7 +84,7 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
         for step, part in enumerate(plan[first:], first):
             done, then = ((epoch - 1 + k / len(plan)) / args.epochs for k in (step, step + 1))  # before this step, after it
             budget = args.budget + (1 - args.budget) * max(0.0, 1 - then / args.shrink) if args.shrink else args.budget
-            settled = done >= args.settle
+            settled = args.adapt != "switches" or done >= args.settle
             if settled:
                 for parameter in switches:
                     parameter.requires_grad_(False)
@@ -126,10 +127,7 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
             if not settled:
                 for group in switch_optimizer.param_groups if args.settle < math.inf else ():
                     group["lr"] = args.switch_lr * (1 - done / args.settle)
-                if args.adapt == "switches":
-                    scaler.step(switch_optimizer)
-                else:
-                    switch_optimizer.step()  # nothing to do, which a scaler refuses and the schedule of its rate wants
+                scaler.step(switch_optimizer)
                 for domain, s in zip(part, own):  # held, it counts where the usage would go
                     multipliers[domain].update(ba2ps.usage(network, domain) if args.hold else s.mean().item(), budget)
                 if args.common:
@@ -141,7 +139,7 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
             state.step_done(epoch, step + 1, plan, losses)
         state.save(epoch, len(plan), [], losses)  # before validation, which may take long
         first, plan = 0, None
-        for rate in rates:
+        for rate in rates.values():
             rate.step()
         report(network, domains, facts, val, args, state, name, epoch, losses, multipliers)
 
@@ -164,9 +162,9 @@ def refine(network, domains, facts, train, val, args, state, phase, out):
     """
     small = ba2ps.prune(network, domains).to(args.device, memory_format=memory_format(args))
     share_batch_norm(small)
-    rest = argparse.Namespace(**{**vars(args), "adapt": "classifier", "budget": 1.0, "sharing": 0.0, "settle": 0.0,
-                                 "epochs": args.refine, "milestone": max(1, 3 * args.refine // 4)})  # 45 of 60 in the paper
-    adapt(small, domains, facts, train, val, rest, state, phase, "refine")
+    rest = argparse.Namespace(**{**vars(args), "adapt": "classifier", "epochs": args.refine,
+                                 "milestone": max(1, 3 * args.refine // 4)})  # 45 of 60 in the paper
+    adapt(small, domains, {**facts, "multipliers": {}}, train, val, rest, state, phase, "refine")
     if processes()[0] == 0:
         ba2ps.save(out / "refined.pt", small, **{**facts, "domains": {domain: facts["domains"][domain] for domain in domains}})
     say(f"saved {out / 'refined.pt'}, pruned: it no longer serves {args.source}")
@@ -224,6 +222,11 @@ def autocast(args):
     return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
 
 
+def loss_scaler(args):
+    """Of fp16, whose small gradients would be 0; it does nothing in other precisions."""
+    return torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
+
+
 def memory_format(args):
     return torch.channels_last if args.channels_last else torch.contiguous_format
 
@@ -267,7 +270,7 @@ def train_backbone(network, facts, train, val, args, state):
     steps = max(1, args.backbone_epochs * math.ceil(len(train) / 64))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
+    scaler = loss_scaler(args)
     order = torch.Generator().manual_seed(args.seed)
     start, first, plan, losses = state.enter(0, network, [source], order,
                                              {"weights": optimizer, "rate": schedule, "scale of the loss": scaler})
@@ -694,8 +697,7 @@ def run_name(args):
     given = RECIPES[args.recipe]
     for flag, usual in (("sharing_loss", "intersection"), ("share_to", "all"), ("schedule", "epoch"), ("independent", False),
                         ("start_from", None), ("hold", False), ("shrink", 0.0), ("common", False), ("settle", math.inf),
-                        ("distinct", False),
-                        ("refine", 0)):
+                        ("distinct", False), ("refine", 0)):
         value = getattr(args, flag)
         if value != given.get(flag, usual):
             words.append(flag.replace("_", "-") + ("" if value is True else str(value).replace("/", "_")))

@@ -223,10 +223,12 @@ def test_precision_memory_format_and_compile_train_the_same_network(words, near,
     assert len(compiled) == (words == ["--compile"])
 
 
-def test_refining_goes_on_from_the_pruned_model_with_its_switches_as_they_are(adapted, tmp_path, data):
+def test_refining_goes_on_from_the_pruned_model_with_its_switches_as_they_are(adapted, tmp_path, recwarn):
     """No epoch of it would give prune's network; an epoch moves batch-norm and classifiers, no switch and no convolution."""
-    whole, _ = adapted("run", "--recipe", "held", "--budget", "0.25", "--refine", "1", "--no-mirror", "cars")
+    whole, before = adapted("run", "--recipe", "held", "--budget", "0.25", "--refine", "1", "--no-mirror", "cars")
     refined, facts = ba2ps.load(tmp_path / "run/refined.pt")
+    assert not [str(warning.message) for warning in recwarn if "lr_scheduler" in str(warning.message)]
+    assert facts["multipliers"] == before["multipliers"]
     pruned = ba2ps.prune(whole)
     assert refined.domains == whole.domains and refined.source not in refined.classifiers
     assert set(facts["domains"]) == set(whole.domains) and facts["budget"] == 0.25
