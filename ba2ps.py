@@ -30,7 +30,6 @@ import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.overrides import TorchFunctionMode
 
 FORMAT = "ba2ps-1"  # first entry of every checkpoint; raised when an old one can no longer be read
@@ -62,12 +61,13 @@ class _Binarize(torch.autograd.Function):
         return grad, None  # straight through, also where the switch is off: that is how a channel comes back
 
 
-def binarize(switches):
+def binarize(switches, widths=None):
     """1[s > 0] forward, identity backward (the straight-through estimator of [4]), also for switches that are off.
 
-    Any shape and float dtype; exactly 0 is off.
+    Any shape and float dtype; exactly 0 is off. widths: those of layers that lie side by side in the last dimension, of
+    which each then has its strongest switch on.
     """
-    return _Binarize.apply(switches, None)
+    return _Binarize.apply(switches, widths)
 
 
 def _channel_dot(a, b):
@@ -93,19 +93,68 @@ class _SwitchedConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, on, weight = ctx.saved_tensors
-        mask, (to_x, to_switches, to_weight, to_bias, *_) = on.view(1, -1, 1, 1).to(grad.dtype), ctx.needs_input_grad
-        x_grad = switches_grad = weight_grad = bias_grad = None
-        if to_x or to_switches:
-            x_grad = conv2d_input(x.shape, weight.to(grad.dtype), grad, *ctx.geometry)  # with every channel on
-        if to_switches:  # straight through
-            switches_grad = _channel_dot(x_grad, x.to(grad.dtype)).to(on.dtype)
-        if to_x:
-            x_grad = x_grad.mul_(mask).to(x.dtype)
-        if to_weight:
-            weight_grad = conv2d_weight(x.to(grad.dtype), weight.shape, grad, *ctx.geometry).mul_(mask).to(weight.dtype)
-        if to_bias:
-            bias_grad = grad.sum((0, 2, 3))
+        mask, (to_x, to_switches, *to_own) = on.view(1, -1, 1, 1).to(grad.dtype), ctx.needs_input_grad[:4]
+        x_grad, weight_grad, bias_grad = _convolution_backward(  # with every channel on
+            grad, x.to(grad.dtype), weight.to(grad.dtype), ctx.geometry, [to_x or to_switches, *to_own])
+        # straight through
+        switches_grad = _channel_dot(x_grad, x.to(grad.dtype)).to(on.dtype) if to_switches else None
+        x_grad = x_grad.mul_(mask).to(x.dtype) if to_x else None
+        weight_grad = weight_grad.mul_(mask).to(weight.dtype) if to_own[0] else None
         return x_grad, switches_grad, weight_grad, bias_grad, None, None, None
+
+
+def _convolution_backward(grad, x, weight, geometry, wanted):
+    """Gradients of x, weight and bias, as far as `wanted` (three bools); of x only the shape counts if weight is not."""
+    return torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], *geometry, False, [0, 0], 1, wanted)
+
+
+class _NormReluConvolution(torch.autograd.Function):
+    """conv(relu(norm(x))), batch-norm with the statistics of the batch, at the price of the same without switches.
+
+    A switch multiplies y = relu(gamma x^ + beta). With d = dL/dy of all channels on, 0 where y is, its gradient is
+    sum(y d) = gamma sum(x^ d) + beta sum(d), and the two sums are those that batch-norm's backward pass needs anyway.
+    That y is not kept, only where it is above 0: a byte instead of four.
+    """
+    @staticmethod
+    def forward(ctx, x, gamma, beta, switches, weight, bias, norm, geometry):
+        statistics = norm.running_mean, norm.running_var
+        y, *saved, kind = torch.ops.aten._batch_norm_impl_index(
+            x, gamma, beta, *statistics, True, norm.momentum, norm.eps, torch.backends.cudnn.enabled)
+        norm.num_batches_tracked.add_(1)
+        on = _is_on(switches, [len(switches)])
+        ctx.save_for_backward(x, y.relu_().bool(), gamma, beta, on, weight, *statistics, *saved)
+        ctx.rest = geometry, norm.eps, kind
+        return F.conv2d(y, weight * on.view(1, -1, 1, 1), bias, *geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, positive, gamma, beta, on, weight, *statistics, mean, deviation, reserve = ctx.saved_tensors
+        geometry, eps, kind = ctx.rest
+        d, _, bias_grad = _convolution_backward(grad, x, weight, geometry, [True, False, ctx.needs_input_grad[5]])
+        for part, its in zip(d.split(16), positive.split(16)):  # a product with bool makes a copy in float first
+            part.mul_(its)
+        x_grad, gamma_grad, beta_grad = torch.ops.aten._batch_norm_impl_index_backward(
+            kind, x, d, gamma * on, *statistics, mean, deviation, True, eps,
+            [ctx.needs_input_grad[0], True, True], reserve)
+        switches_grad = torch.addcmul(gamma * gamma_grad, beta, beta_grad)  # straight through: with every channel on
+        return x_grad, gamma_grad.mul_(on), beta_grad.mul_(on), switches_grad, None, bias_grad, None, None
+
+
+def norm_relu_conv(norm, conv, x, domain):
+    """conv(relu(norm(x))) of a DomainBatchNorm2d and a SwitchedConv2d, faster where it is trained as one function.
+
+    x: (B, C_in, H, W). No other layer may read what comes between. Hooks of the two do not run when they are one.
+    """
+    own = norm[domain] if domain in norm else None
+    if (domain in conv.switches and isinstance(x, torch.Tensor)  # and no proxy of a tracer
+            and type(own) is nn.BatchNorm2d and own.training and own.affine and own.momentum and own.track_running_stats
+            and torch.is_grad_enabled() and not conv.weight.requires_grad and conv.padding_mode == "zeros"
+            and not isinstance(conv.padding, str) and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling()):
+        return _NormReluConvolution.apply(x, own.weight, own.bias, conv.switches[domain], conv.weight, conv.bias, own,
+                                          (conv.stride, conv.padding, conv.dilation))
+    return conv(F.relu(norm(x, domain)), domain)
 
 
 class SwitchedConv2d(nn.Conv2d):
@@ -150,11 +199,14 @@ class SwitchedConv2d(nn.Conv2d):
     def forward(self, x, domain=None):
         if domain not in self.switches:
             return super().forward(x)
-        if not torch.is_grad_enabled() or isinstance(self.padding, str) or self.padding_mode != "zeros":
-            # nothing to keep for the backward pass, or a padding that conv2d_input does not know
-            return super().forward(x * self.binary_switches([domain]).view(1, -1, 1, 1).to(x.dtype))
-        return _SwitchedConvolution.apply(x, self.switches[domain], self.weight, self.bias,
-                                          self.stride, self.padding, self.dilation)
+        trained = torch.is_grad_enabled() and (self.switches[domain].requires_grad or self.weight.requires_grad)
+        if trained and self.padding_mode == "zeros" and not isinstance(self.padding, str):  # which convolution_backward takes
+            return _SwitchedConvolution.apply(x, self.switches[domain], self.weight, self.bias,
+                                              self.stride, self.padding, self.dilation)
+        mask = self.binary_switches([domain]).view(1, -1, 1, 1)
+        if torch.is_grad_enabled() and not trained:
+            return self._conv_forward(x, self.weight * mask, self.bias)  # and no gradient has to be masked
+        return super().forward(x * mask.to(x.dtype))
 
 
 class DomainModules(nn.ModuleDict):
@@ -249,11 +301,12 @@ class BasicBlock(nn.Module):
             self.shortcut = SwitchedConv2d(in_planes, out_planes, 1, stride, 0, bias=False)
 
     def forward(self, x, domain):
-        out = F.relu(self.bn1(x, domain))
-        if self.shortcut is not None:
-            x = self.shortcut(out, domain)
-        out = F.relu(self.bn2(self.conv1(out, domain), domain))
-        return x + self.conv2(out, domain)
+        if self.shortcut is None:
+            out = norm_relu_conv(self.bn1, self.conv1, x, domain)
+        else:
+            out = F.relu(self.bn1(x, domain))
+            x, out = self.shortcut(out, domain), self.conv1(out, domain)
+        return x + norm_relu_conv(self.bn2, self.conv2, out, domain)
 
 
 class WideResNet(MultiDomain, nn.Module):
@@ -319,6 +372,22 @@ def binary_switches(network, domains):
     layers = list(switched_layers(network).values())
     switches = torch.stack([torch.cat([layer.switches[domain] for layer in layers]) for domain in domains])  # (N, M)
     return _Binarize.apply(switches, [layer.in_channels for layer in layers])
+
+
+def join_switches(network, domains):
+    """{domain: (M,) parameter}, of which the switches of the layers become parts: views of it, and of its gradient.
+
+    For an optimizer and for losses: one tensor a domain, where WRN-28 has 27, and a step is many short operations. Its
+    gradient is there from the beginning, zeros; it is to be filled with zeros again, and not to be replaced.
+    """
+    layers, joined = list(switched_layers(network).values()), {}
+    for domain in domains:
+        joined[domain] = nn.Parameter(torch.cat([layer.switches[domain].detach() for layer in layers]))
+        joined[domain].grad = torch.zeros_like(joined[domain])
+        widths = [layer.in_channels for layer in layers]
+        for layer, values, grad in zip(layers, joined[domain].data.split(widths), joined[domain].grad.split(widths)):
+            layer.switches[domain].data, layer.switches[domain].grad = values, grad
+    return joined
 
 
 def budget_loss(switches, budget, multiplier):

@@ -53,11 +53,13 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
     if args.adapt == "all":
         network.requires_grad_(True)
     weights = [p for name, p in network.named_parameters() if p.requires_grad and ".switches." not in name]
-    switches = [layer.switches[domain] for layer in ba2ps.switched_layers(network).values() for domain in domains]
-    for parameter in switches:
+    layers = ba2ps.switched_layers(network).values()
+    widths, switches = [layer.in_channels for layer in layers], ba2ps.join_switches(network, domains)
+    gradients = {domain: joined.grad for domain, joined in switches.items()}                     # (M,) each
+    for parameter in (layer.switches[domain] for layer in layers for domain in domains):
         parameter.requires_grad_(args.adapt == "switches")
     weight_optimizer = torch.optim.SGD(weights, lr=args.lr, momentum=0.9)
-    switch_optimizer = torch.optim.Adam(switches, lr=args.switch_lr, fused=True)
+    switch_optimizer = torch.optim.Adam(switches.values(), lr=args.switch_lr, fused=True)
     optimizers = {"weights": weight_optimizer, **({"switches": switch_optimizer} if args.adapt == "switches" else {})}
     rates = {f"rate of {owned}": torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.milestone], gamma=0.1)
              for owned, optimizer in optimizers.items()}
@@ -86,7 +88,7 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
             budget = args.budget + (1 - args.budget) * max(0.0, 1 - then / args.shrink) if args.shrink else args.budget
             settled = args.adapt != "switches" or done >= args.settle
             if settled:
-                for parameter in switches:
+                for parameter in (layer.switches[domain] for layer in layers for domain in domains):
                     parameter.requires_grad_(False)
 
             loss, size, tasks = 0.0, sum(map(len, part.values())), []
@@ -99,24 +101,26 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
                 loss = loss + task * (len(items) / size)
                 tasks.append(task.item() * len(items))
             # settled, what follows would add constants
-            own = [] if settled else ba2ps.binary_switches(network, list(part))              # (domains of the batch, M)
+            own = [] if settled else ba2ps.binarize(torch.stack([switches[d] for d in part]), widths)  # (of the batch, M)
             for domain, s in zip(part, own):
                 # held, the usage is beta and the hinge would be flat; but its price has to go on working through Adam, which
                 # moves a switch by the price over the size of its gradients: so it is the unimportant ones that go off
                 price = multipliers[domain].value
                 loss = loss + (price * s.mean() if args.hold else ba2ps.budget_loss(s, budget, price)) / number
             if (sharing.value or sharing.lr) and not settled:
-                # without sharing the other domains get no gradient at all: a zero one would let Adam's momentum move them
-                others = [domain for domain in domains if domain not in part]
+                others = [switches[domain] for domain in domains if domain not in part]
                 with torch.set_grad_enabled(args.share_to == "all"):
-                    rest = [ba2ps.binary_switches(network, others)] if others else []
+                    rest = [ba2ps.binarize(torch.stack(others), widths)] if others else []
                 s = torch.cat([own, *rest])                                                  # (N, M)
                 loss = loss + ba2ps.sharing_loss(s, budget, sharing.value, args.sharing_loss) / number
                 sharing.update(ba2ps.sharing_excess(s.detach(), budget, args.sharing_loss).item(), 0)
             weight_optimizer.zero_grad()
-            switch_optimizer.zero_grad()
+            for domain, joined in switches.items():
+                # without sharing the other domains get no gradient at all: a zero one would let Adam's momentum move them
+                moved = domain in part or (sharing.value or sharing.lr) and args.share_to == "all"
+                joined.grad = gradients[domain].zero_() if moved and not settled else None
             scaler.scale(loss).backward()
-            loss, *tasks = add_up(weights + switches, [loss.item(), *tasks], state)
+            loss, *tasks = add_up([*weights, *switches.values()], [loss.item(), *tasks], state)
             if not math.isfinite(loss):
                 broken = [domain for domain, task in zip(part, tasks) if not math.isfinite(task)]
                 raise InputError(f"the loss of {', '.join(broken or part)} is {loss} in epoch {epoch}, step {step + 1}: "
@@ -466,7 +470,7 @@ class State:
 
     phase: the training that is running or, read back, the one to go on with: 0 the backbone, n the n-th call of adapt.
     """
-    FORMAT = "ba2ps-state-1"
+    FORMAT = "ba2ps-state-2"
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, out, args, facts, images, resume):

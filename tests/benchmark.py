@@ -155,7 +155,9 @@ def step_of(kind, widen_factor, size, memory_format, domains=10):
     net.to(memory_format=memory_format).train()
     x = torch.randn(32, 3, size, size).to(memory_format=memory_format).requires_grad_(kind == "floor")
     y = torch.randint(10, (32,))
-    switches = [p for name, p in net.named_parameters() if ".switches." in name]
+    layers = ba2ps.switched_layers(net).values()
+    switches = [] if kind in ("no switches", "fine-tuning", "floor") else list(ba2ps.join_switches(net, names).values())
+    gradients, widths = [joined.grad for joined in switches], [layer.in_channels for layer in layers]
     weights = [p for name, p in net.named_parameters() if p.requires_grad and ".switches." not in name]
     optimizers = [torch.optim.SGD(weights, lr=1e-3, momentum=0.9)] if weights else []
     optimizers += [torch.optim.Adam(switches, lr=1e-4, fused=True)] if switches else []
@@ -163,11 +165,14 @@ def step_of(kind, widen_factor, size, memory_format, domains=10):
     def step():
         loss = F.cross_entropy(net(x, "d0"), y)
         if switches:
-            s = ba2ps.binary_switches(net, names if kind == "switches" else names[:1])
+            moved = switches if kind == "switches" else switches[:1]
+            s = ba2ps.binarize(torch.stack(moved), widths)
             loss = loss + ba2ps.budget_loss(s[0], 0.5, 1.0)
             if kind == "switches":
                 loss = loss + ba2ps.sharing_loss(s, 0.5)
-        for optimizer in optimizers:
+            for joined, grad in zip(switches, gradients):
+                joined.grad = grad.zero_() if len(moved) > 1 or joined is switches[0] else None
+        for optimizer in optimizers[:1]:  # of the weights
             optimizer.zero_grad()
         loss.backward()
         for optimizer in optimizers:

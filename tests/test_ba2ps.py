@@ -84,6 +84,100 @@ def test_gradients_of_a_switched_conv_are_those_of_masking_its_input(arguments, 
     torch.testing.assert_close(torch.autograd.grad(out, wanted, cotangent), grads)
     if layer.padding_mode == "zeros" and layer.padding != "same":
         assert {t.data_ptr() for t in kept if t.numel() >= x.numel()} == {x.data_ptr()}
+    layer.requires_grad_(False)  # settled, and frozen
+    out = layer(x, "a")
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out, [x], cotangent), grads[:1])
+
+
+@pytest.mark.parametrize("arguments", [{"padding": 1, "bias": False}, {"stride": 2, "dilation": (2, 1)}])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("trained", [True, False])
+def test_batch_norm_relu_and_a_switched_conv_in_one_are_the_three(arguments, layout, trained):
+    """Against autograd's own, with a mask on what the convolution reads; a float and a byte are kept of each activation."""
+    torch.manual_seed(3)
+    layer = ba2ps.SwitchedConv2d(6, 5, 3, domains=["a", "b"], **arguments).double().to(memory_format=layout)
+    norms = ba2ps.DomainBatchNorm2d(6, ["a", "b"]).double()
+    layer.weight.requires_grad_(False)
+    with torch.no_grad():
+        for parameter in norms.parameters():
+            parameter.uniform_(-1, 1)
+        layer.switches["a"].copy_(torch.tensor([0.3, -0.2, 0.1, 0, -0.1, 0.2]))
+        layer.switches["b"].copy_(-torch.rand(6))  # of which the strongest is on
+    for domain, on in (("a", [1, 0, 1, 0, 0, 1]), ("b", (layer.switches["b"] == layer.switches["b"].max()).tolist())):
+        x = torch.randn(4, 6, 8, 9).double().to(memory_format=layout).requires_grad_()
+        on, norm, switches = torch.tensor(on).double().requires_grad_(), norms[domain], layer.switches[domain]
+        switches.requires_grad_(trained)
+        wanted = [x, norm.weight, norm.bias, *([switches] if trained else []), *([layer.bias] if layer.bias is not None else [])]
+        y = F.relu(F.batch_norm(x, None, None, norm.weight, norm.bias, True)) * on[:, None, None]
+        expected = F.conv2d(y, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation)
+        cotangent = torch.randn_like(expected)
+        grads = torch.autograd.grad(expected, [on if p is switches else p for p in wanted], cotangent)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            out = ba2ps.norm_relu_conv(norms, layer, x, domain)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(torch.autograd.grad(out, wanted, cotangent), grads)
+        large = [t for t in kept if t.numel() == x.numel()]
+        assert len(large) == 2 and large[0].data_ptr() == x.data_ptr() and large[1].element_size() == 1
+        torch.testing.assert_close(norm.running_mean, 0.1 * x.mean((0, 2, 3)))
+        torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x.transpose(0, 1).flatten(1).var(1))
+        assert norm.num_batches_tracked == 1
+
+
+def test_where_they_cannot_be_one_the_three_run(monkeypatch):
+    """Without training, under autocast, of the source, with trained weights: one function would be wrong, or lose something."""
+    class Never:
+        apply = None
+    layer, norms = ba2ps.SwitchedConv2d(6, 5, 3, domains=["a"]), ba2ps.DomainBatchNorm2d(6, ["a", "source"])
+    x = torch.randn(2, 6, 5, 5)
+    monkeypatch.setattr(ba2ps, "_NormReluConvolution", Never)
+
+    def one(domain="a"):
+        try:
+            return ba2ps.norm_relu_conv(norms, layer, x, domain) is None
+        except TypeError:  # None was called
+            return True
+    assert not one()  # its weights are trained
+    layer.weight.requires_grad_(False)
+    assert one() and not one("source")
+    with torch.no_grad():
+        assert not one()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not one()
+    norms["a"].momentum = None
+    assert not one()
+    norms["a"].momentum = 0.1
+    norms["a"].eval()
+    assert not one()
+    norms["a"] = type("OtherBatchNorm2d", (nn.BatchNorm2d,), {})(6)
+    assert not one()
+
+
+def test_joined_switches_are_the_layers_and_so_are_their_gradients():
+    net = network(2).train()
+    before = {(name, d): s.detach().clone() for name, layer in ba2ps.switched_layers(net).items() for d, s in layer.switches.items()}
+    apart, widths = network(2).train(), [layer.in_channels for layer in ba2ps.switched_layers(net).values()]
+    apart.load_state_dict(net.state_dict())
+    joined, x = ba2ps.join_switches(net, net.domains), torch.randn(4, 3, 16, 16)
+    for name, layer in ba2ps.switched_layers(net).items():
+        assert all(torch.equal(s, before[name, d]) for d, s in layer.switches.items())
+    one = torch.optim.Adam(joined.values(), 1e-2)
+    many = torch.optim.Adam([p for name, p in apart.named_parameters() if ".switches." in name], 1e-2)
+    for _ in range(2):  # the task's gradient comes layer by layer, that of the losses all at once
+        s = ba2ps.binarize(torch.stack(list(joined.values())), widths)
+        assert torch.equal(s, ba2ps.binary_switches(net, net.domains))
+        for value in joined.values():
+            value.grad.zero_()
+        (net(x, "d0").square().sum() + ba2ps.sharing_loss(s, 0.3)).backward()
+        one.step()
+        many.zero_grad()
+        (apart(x, "d0").square().sum() + ba2ps.sharing_loss(ba2ps.binary_switches(apart, apart.domains), 0.3)).backward()
+        many.step()
+        for (name, layer), other in zip(ba2ps.switched_layers(net).items(), ba2ps.switched_layers(apart).values()):
+            for d in net.domains:
+                torch.testing.assert_close(layer.switches[d], other.switches[d], msg=name)
+                assert not torch.equal(layer.switches[d], before[name, d])
 
 
 def test_a_switched_conv_takes_a_batch_of_none():
@@ -141,6 +235,18 @@ def test_the_block_is_the_pre_activation_block_of_wide_resnets():
     a = F.relu(block.bn1["source"](x))
     main = F.conv2d(F.relu(block.bn2["source"](F.conv2d(a, block.conv1.weight, None, 2, 1))), block.conv2.weight, None, 1, 1)
     torch.testing.assert_close(block(x, "source"), F.conv2d(a, block.shortcut.weight, None, 2) + main)
+    for block, x in ((net.block1[0].train(), x), (net.block2[0].train(), torch.randn(2, 16, 8, 8))):  # as they are trained
+
+        def switched(layer, x, stride):
+            on = layer.switches["d0"] > 0
+            return F.conv2d(x[:, on], layer.weight[:, on], None, stride, layer.padding)
+
+        def normed(norm, x):
+            return F.relu(F.batch_norm(x, None, None, norm["d0"].weight, norm["d0"].bias, True))
+        a, stride = normed(block.bn1, x), block.conv1.stride
+        main = switched(block.conv2, normed(block.bn2, switched(block.conv1, a, stride)), 1)
+        expected = main + (switched(block.shortcut, a, stride) if block.shortcut is not None else x)
+        torch.testing.assert_close(block(x, "d0"), expected)
 
 
 def test_the_source_runs_the_untouched_backbone_whatever_domains_are_added():

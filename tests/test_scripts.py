@@ -172,8 +172,7 @@ def test_a_step_has_gradients_for_all_domains_or_for_its_own(sharing, to, reache
     monkeypatch.setattr(torch.optim.Adam, "step", counted)
     code, _, err = run("train.py", "--data", data, "--backbone", trained / "backbone.pt", *SMALL, "--epochs", "1",
                        "--sharing", sharing, "--share-to", to, "--out", tmp_path, capsys=capsys)
-    layers = len(ba2ps.switched_layers(ba2ps.load(tmp_path / "model.pt")[0]))
-    assert code == 0 and seen == {reached * layers}, err
+    assert code == 0 and seen == {reached}, err  # the switches of a domain are one tensor
 
 
 @pytest.fixture
