@@ -132,10 +132,8 @@ class _NormReluConvolution(torch.autograd.Function):
         x, positive, gamma, beta, on, weight, *statistics, mean, deviation, reserve = ctx.saved_tensors
         geometry, eps, kind = ctx.rest
         d, _, bias_grad = _convolution_backward(grad, x, weight, geometry, [True, False, ctx.needs_input_grad[5]])
-        for part, its in zip(d.split(16), positive.split(16)):  # a product with bool makes a copy in float first
-            part.mul_(its)
         x_grad, gamma_grad, beta_grad = torch.ops.aten._batch_norm_impl_index_backward(
-            kind, x, d, gamma * on, *statistics, mean, deviation, True, eps,
+            kind, x, d.mul_(positive), gamma * on, *statistics, mean, deviation, True, eps,
             [ctx.needs_input_grad[0], True, True], reserve)
         switches_grad = torch.addcmul(gamma * gamma_grad, beta, beta_grad)  # straight through: with every channel on
         return x_grad, gamma_grad.mul_(on), beta_grad.mul_(on), switches_grad, None, bias_grad, None, None
