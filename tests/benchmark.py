@@ -3,6 +3,7 @@
 
   python tests/benchmark.py inference     # size and speed of pruned WRN-28-4: nine domains, shared random masks, 64 px
   python tests/benchmark.py training      # a step with switches beside one without, one of fine-tuning, and the least there is
+  python tests/benchmark.py recipes       # what an image costs BA2, the search of recipe held, and --refine after it
   python tests/benchmark.py data          # what reading images costs beside WRN-28-1 at 32 px, and what a million of them
 
 inference: params as stored, and the speed-up of one domain's dense network over the backbone in its own fastest memory
@@ -15,6 +16,10 @@ frozen backbone without switches; full fine-tuning; and the floor, one forward a
 backbone. Medians of interleaved repeats, each in its own faster memory format. What the sharing loss takes is the difference to
 the same step without it. The rate of the convolutions is held against that of a large matrix product. Peak memory is that of
 a process of its own for each kind of step, less what it was before the first.
+
+recipes: train.py's steps with one thread, WRN-28-2 at 32 px, four domains, random masks that the domains share: BA2 with batch 32;
+held with batch 16 until its switches have settled; the pruned network with batch 16. From these, the epochs of --refine that
+after three epochs of search take as long as fifteen of BA2.
 
 data: the share of an epoch that goes into batches once the cache is warm, batch 32; images/s from the cache over images/s
 decoded; the evaluation of ten crops over ten forward passes of one crop each, already on the device; and the memory that a
@@ -46,10 +51,10 @@ STORED = {0.25: 0.25, 0.5: 0.46, 0.75: 0.73}  # at most
 SPEED = {32: 0.70, 1: 0.50}  # at least, of the MAC ratio, at usage 0.25 and 0.5; batch size -> share
 
 
-def masked(usage, domains=9, seed=0):
-    """WRN-28-4 with random masks, the same for all domains, and batch-norm as if trained."""
+def masked(usage, domains=9, seed=0, widen_factor=4):
+    """WRN-28 with random masks, the same for all domains, and batch-norm as if trained."""
     torch.manual_seed(seed)
-    net = ba2ps.WideResNet(28, 4, "source", 10)
+    net = ba2ps.WideResNet(28, widen_factor, "source", 10)
     for i in range(domains):
         net.add_domain(f"d{i}", 10)
     for layer in ba2ps.switched_layers(net).values():
@@ -223,6 +228,62 @@ def training(args):
         show("   peak memory over fine-tuning", memory["switches"] / memory["fine-tuning"], "x", 0.75, "")
 
 
+def recipe_step_of(kind, budget):
+    """A function that does one step of `kind`: BA2, search or refine, as train.py does it."""
+    net = masked(budget, domains=4, widen_factor=2)
+    net = ba2ps.prune(net) if kind == "refine" else net
+    net.freeze_backbone()
+    net.to(memory_format=torch.channels_last).train()
+    x = torch.randn(32 if kind == "BA2" else 16, 3, 32, 32).to(memory_format=torch.channels_last)
+    y, layers = torch.randint(10, (len(x),)), ba2ps.switched_layers(net).values()
+    joined, widths = ba2ps.join_switches(net, net.domains), [layer.in_channels for layer in layers]
+    own, grad = joined["d0"], joined["d0"].grad
+    for layer in layers:
+        for switches in layer.switches.values():
+            switches.requires_grad_(kind != "refine")
+    trained = [p for name, p in net.named_parameters() if p.requires_grad and ".switches." not in name]
+    weights = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
+    adam = torch.optim.Adam(joined.values(), lr=0.0, fused=True)  # the masks stay what they are
+    for domain in net.domains[1:]:
+        joined[domain].grad = None
+
+    def step():
+        loss = F.cross_entropy(net(x, "d0"), y)
+        if kind != "refine":
+            own.grad = grad.zero_()
+            loss = loss + ba2ps.budget_loss(ba2ps.binarize(own[None], widths)[0], budget / 2, 0.1)
+        weights.zero_grad()
+        loss.backward()
+        weights.step()
+        if kind != "refine":
+            adam.step()
+        if kind == "search":
+            ba2ps.usage(net, "d0")
+            ba2ps.share_switches(net, net.domains)
+            for domain in net.domains:
+                ba2ps.hold_budget(net, domain, budget)
+    return step
+
+
+def recipes(args):
+    torch.set_num_threads(1)
+    steps = {("BA2", 0.25): 32, ("search", 0.25): 16, ("refine", 0.25): 16, ("search", 0.5): 16, ("refine", 0.5): 16}  # images
+    steps = {key: (recipe_step_of(*key), images) for key, images in steps.items()}
+    times = {key: [] for key in steps}
+    for step, _ in steps.values():
+        step()
+    end = time.time() + args.seconds * len(steps)
+    while time.time() < end:
+        for key, (step, images) in steps.items():
+            times[key].append(timed(step) / images)
+    a = {key: statistics.median(its) for key, its in times.items()}
+    print(f"1 thread, torch {torch.__version__}, float32, WRN-28-2, 32 px: {1e3 * a['BA2', 0.25]:.2f} ms an image of BA2")
+    for budget in (0.25, 0.5):
+        epochs = (15 * a["BA2", 0.25] - 3 * a["search", budget]) / a["refine", budget]
+        print(f"beta = {budget}: search {a['search', budget] / a['BA2', 0.25]:.2f} of that, --refine "
+              f"{a['refine', budget] / a['BA2', 0.25]:.2f}; 3 epochs and --refine {epochs:.1f} take as long as 15 of BA2")
+
+
 def write_images(root, number, listed=None):
     """A domain `noise` of so many JPEGs with a shorter side of 72 pixels, listed again and again up to `listed`."""
     rng, folder = np.random.default_rng(0), Path(root, "data")
@@ -326,14 +387,14 @@ def peak():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["inference", "training", "data"])
+    parser.add_argument("what", choices=["inference", "training", "recipes", "data"])
     parser.add_argument("--seconds", type=float, default=20, help="of interleaved repeats, for each batch size or kind of step")
     parser.add_argument("--round-to", type=int, default=1, metavar="N")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
     parser.add_argument("--repeats", type=int, default=5, help="of data")
     parser.add_argument("--images", type=int, default=10**6, help="of data's large domain")
     args = parser.parse_args()
-    {"inference": inference, "training": training, "data": data}[args.what](args)
+    {"inference": inference, "training": training, "recipes": recipes, "data": data}[args.what](args)
 
 
 if __name__ == "__main__":
