@@ -201,10 +201,10 @@ class SwitchedConv2d(nn.Conv2d):
         if trained and self.padding_mode == "zeros" and not isinstance(self.padding, str):  # which convolution_backward takes
             return _SwitchedConvolution.apply(x, self.switches[domain], self.weight, self.bias,
                                               self.stride, self.padding, self.dilation)
-        mask = self.binary_switches([domain]).view(1, -1, 1, 1)
-        if torch.is_grad_enabled() and not trained:
-            return self._conv_forward(x, self.weight * mask, self.bias)  # and no gradient has to be masked
-        return super().forward(x * mask.to(x.dtype))
+        if torch.is_grad_enabled() and not trained:  # with the mask on the weight no gradient has to be masked
+            on = _is_on(self.switches[domain], [self.in_channels])
+            return self._conv_forward(x, self.weight * on.view(1, -1, 1, 1), self.bias)
+        return super().forward(x * self.binary_switches([domain]).view(1, -1, 1, 1).to(x.dtype))
 
 
 class DomainModules(nn.ModuleDict):
