@@ -17,9 +17,9 @@ backbone. Medians of interleaved repeats, each in its own faster memory format. 
 the same step without it. The rate of the convolutions is held against that of a large matrix product. Peak memory is that of
 a process of its own for each kind of step, less what it was before the first.
 
-recipes: train.py's steps with one thread, WRN-28-2 at 32 px, four domains, random masks that the domains share: BA2 with batch 32;
-held with batch 16 until its switches have settled; the pruned network with batch 16. From these, the epochs of --refine that
-after three epochs of search take as long as fifteen of BA2.
+recipes: train.py's steps with one thread, WRN-28-2 at 32 px, four domains, random masks that the domains share: BA2 with batch 32
+and 16; held with batch 16 until its switches have settled; the pruned network with batch 16. From these, the epochs of --refine
+that after three epochs of search take as long as fifteen of BA2.
 
 data: the share of an epoch that goes into batches once the cache is warm, batch 32; images/s from the cache over images/s
 decoded; the evaluation of ten crops over ten forward passes of one crop each, already on the device; and the memory that a
@@ -229,7 +229,7 @@ def training(args):
 
 
 def recipe_step_of(kind, budget):
-    """A function that does one step of `kind`: BA2, search or refine, as train.py does it."""
+    """A function that does one step of `kind`: BA2, BA2 16 (its batch), search or refine, as train.py does it."""
     net = masked(budget, domains=4, widen_factor=2)
     net = ba2ps.prune(net) if kind == "refine" else net
     net.freeze_backbone()
@@ -267,21 +267,20 @@ def recipe_step_of(kind, budget):
 
 def recipes(args):
     torch.set_num_threads(1)
-    steps = {("BA2", 0.25): 32, ("search", 0.25): 16, ("refine", 0.25): 16, ("search", 0.5): 16, ("refine", 0.5): 16}  # images
-    steps = {key: (recipe_step_of(*key), images) for key, images in steps.items()}
-    times = {key: [] for key in steps}
-    for step, _ in steps.values():
+    kinds = [(kind, budget) for budget in (0.25, 0.5) for kind in ("BA2", "BA2 16", "search", "refine")]
+    steps, times = {key: recipe_step_of(*key) for key in kinds}, {key: [] for key in kinds}
+    for step in steps.values():
         step()
-    end = time.time() + args.seconds * len(steps)
+    end = time.time() + args.seconds * len(kinds)
     while time.time() < end:
-        for key, (step, images) in steps.items():
-            times[key].append(timed(step) / images)
-    a = {key: statistics.median(its) for key, its in times.items()}
-    print(f"1 thread, torch {torch.__version__}, float32, WRN-28-2, 32 px: {1e3 * a['BA2', 0.25]:.2f} ms an image of BA2")
+        for key, step in steps.items():
+            times[key].append(timed(step) / (32 if key[0] == "BA2" else 16))
+    print(f"1 thread, torch {torch.__version__}, float32, WRN-28-2, 32 px")
     for budget in (0.25, 0.5):
-        epochs = (15 * a["BA2", 0.25] - 3 * a["search", budget]) / a["refine", budget]
-        print(f"beta = {budget}: search {a['search', budget] / a['BA2', 0.25]:.2f} of that, --refine "
-              f"{a['refine', budget] / a['BA2', 0.25]:.2f}; 3 epochs and --refine {epochs:.1f} take as long as 15 of BA2")
+        whole, half, search, refine = (statistics.median(times[kind, budget]) for kind in ("BA2", "BA2 16", "search", "refine"))
+        print(f"beta = {budget}: {1e3 * whole:.2f} ms an image of BA2; batch 16 {half / whole:.2f} times that, search "
+              f"{search / whole:.2f}, --refine {refine / whole:.2f}; as long as 15 epochs of BA2 take 3 and --refine "
+              f"{(15 * whole - 3 * search) / refine:.1f}, of BA2 with batch 16 {(15 * half - 3 * search) / refine:.1f}")
 
 
 def write_images(root, number, listed=None):
