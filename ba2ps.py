@@ -147,9 +147,8 @@ def norm_relu_conv(norm, conv, x, domain):
     own = norm[domain] if domain in norm else None
     if (domain in conv.switches and isinstance(x, torch.Tensor)  # and no proxy of a tracer
             and type(own) is nn.BatchNorm2d and own.training and own.affine and own.momentum and own.track_running_stats
-            and torch.is_grad_enabled() and not conv.weight.requires_grad and conv.padding_mode == "zeros"
-            and not isinstance(conv.padding, str) and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling()):
+            and torch.is_grad_enabled() and not conv.weight.requires_grad and conv.pads_zeros
+            and not torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling()):
         return _NormReluConvolution.apply(x, own.weight, own.bias, conv.switches[domain], conv.weight, conv.bias, own,
                                           (conv.stride, conv.padding, conv.dilation))
     return conv(F.relu(norm(x, domain)), domain)
@@ -181,6 +180,11 @@ class SwitchedConv2d(nn.Conv2d):
         """Input channels of the backbone; in_channels are those left."""
         return len(self.kept)
 
+    @property
+    def pads_zeros(self):
+        """Whether the padding is numbers of zeros: what convolution_backward takes."""
+        return self.padding_mode == "zeros" and not isinstance(self.padding, str)
+
     def add_domain(self, domain):
         self.switches[domain] = nn.Parameter(torch.full((self.in_channels,), self.start, device=self.weight.device))
 
@@ -198,7 +202,7 @@ class SwitchedConv2d(nn.Conv2d):
         if domain not in self.switches:
             return super().forward(x)
         trained = torch.is_grad_enabled() and (self.switches[domain].requires_grad or self.weight.requires_grad)
-        if trained and self.padding_mode == "zeros" and not isinstance(self.padding, str):  # which convolution_backward takes
+        if trained and self.pads_zeros:
             return _SwitchedConvolution.apply(x, self.switches[domain], self.weight, self.bias,
                                               self.stride, self.padding, self.dilation)
         if torch.is_grad_enabled() and not trained:  # with the mask on the weight no gradient has to be masked
@@ -379,10 +383,10 @@ def join_switches(network, domains):
     gradient is there from the beginning, zeros; it is to be filled with zeros again, and not to be replaced.
     """
     layers, joined = list(switched_layers(network).values()), {}
+    widths = [layer.in_channels for layer in layers]
     for domain in domains:
         joined[domain] = nn.Parameter(torch.cat([layer.switches[domain].detach() for layer in layers]))
         joined[domain].grad = torch.zeros_like(joined[domain])
-        widths = [layer.in_channels for layer in layers]
         for layer, values, grad in zip(layers, joined[domain].data.split(widths), joined[domain].grad.split(widths)):
             layer.switches[domain].data, layer.switches[domain].grad = values, grad
     return joined
@@ -538,15 +542,14 @@ def reestimate_batch_norm(network, domain, batches):
 @torch.no_grad()
 def usage(network, domain):
     """Share of all M switches of `domain` that are on (theta-bar_d, held against beta); pruned ones count as off."""
-    layers = switched_layers(network).values()
-    return sum(layer.binary_switches([domain]).sum().item() for layer in layers) / _total(layers)
+    return binary_switches(network, [domain]).sum().item() / _total(switched_layers(network).values())
 
 
 @torch.no_grad()
 def intersection(network, domains=None):
     """Share of all M switches that are on in every one of `domains` (default: all adapted ones)."""
-    layers = switched_layers(network).values()
-    return sum(layer.binary_switches(domains or network.domains).amin(0).sum().item() for layer in layers) / _total(layers)
+    on = binary_switches(network, domains or network.domains)  # (N, M)
+    return on.amin(0).sum().item() / _total(switched_layers(network).values())
 
 
 @torch.no_grad()

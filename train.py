@@ -56,8 +56,7 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
     layers = ba2ps.switched_layers(network).values()
     widths, switches = [layer.in_channels for layer in layers], ba2ps.join_switches(network, domains)
     gradients = {domain: joined.grad for domain, joined in switches.items()}                     # (M,) each
-    for parameter in (layer.switches[domain] for layer in layers for domain in domains):
-        parameter.requires_grad_(args.adapt == "switches")
+    switches_of_layers = [layer.switches[domain] for layer in layers for domain in domains]      # parts of `switches`
     weight_optimizer = torch.optim.SGD(weights, lr=args.lr, momentum=0.9)
     switch_optimizer = torch.optim.Adam(switches.values(), lr=args.switch_lr, fused=True)
     optimizers = {"weights": weight_optimizer, **({"switches": switch_optimizer} if args.adapt == "switches" else {})}
@@ -72,6 +71,7 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
              **{f"lambda of {d}": multipliers[d] for d in domains}}
     start, first, plan, losses = state.enter(phase, network, domains, order, parts)
     number = processes()[1]  # each adds its share of the loss
+    shares = sharing.value or sharing.lr  # whether there is a sharing loss at all
     forward = compiled(network, domains) if args.compile else network
     progress = counter((args.epochs + 1 - start) * sum(len(train[domain]) for domain in domains), name)
 
@@ -87,9 +87,8 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
             done, then = ((epoch - 1 + k / len(plan)) / args.epochs for k in (step, step + 1))  # before this step, after it
             budget = args.budget + (1 - args.budget) * max(0.0, 1 - then / args.shrink) if args.shrink else args.budget
             settled = args.adapt != "switches" or done >= args.settle
-            if settled:
-                for parameter in (layer.switches[domain] for layer in layers for domain in domains):
-                    parameter.requires_grad_(False)
+            for parameter in switches_of_layers:
+                parameter.requires_grad_(not settled)
 
             loss, size, tasks = 0.0, sum(map(len, part.values())), []
             for domain, indices in part.items():
@@ -107,7 +106,7 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
                 # moves a switch by the price over the size of its gradients: so it is the unimportant ones that go off
                 price = multipliers[domain].value
                 loss = loss + (price * s.mean() if args.hold else ba2ps.budget_loss(s, budget, price)) / number
-            if (sharing.value or sharing.lr) and not settled:
+            if shares and not settled:
                 others = [switches[domain] for domain in domains if domain not in part]
                 with torch.set_grad_enabled(args.share_to == "all"):
                     rest = [ba2ps.binarize(torch.stack(others), widths)] if others else []
@@ -117,7 +116,7 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
             weight_optimizer.zero_grad()
             for domain, joined in switches.items():
                 # without sharing the other domains get no gradient at all: a zero one would let Adam's momentum move them
-                moved = domain in part or (sharing.value or sharing.lr) and args.share_to == "all"
+                moved = domain in part or shares and args.share_to == "all"
                 joined.grad = gradients[domain].zero_() if moved and not settled else None
             scaler.scale(loss).backward()
             loss, *tasks = add_up([*weights, *switches.values()], [loss.item(), *tasks], state)

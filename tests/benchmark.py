@@ -162,7 +162,9 @@ def step_of(kind, widen_factor, size, memory_format, domains=10):
     y = torch.randint(10, (32,))
     layers = ba2ps.switched_layers(net).values()
     switches = [] if kind in ("no switches", "fine-tuning", "floor") else list(ba2ps.join_switches(net, names).values())
-    gradients, widths = [joined.grad for joined in switches], [layer.in_channels for layer in layers]
+    moved, widths = switches if kind == "switches" else switches[:1], [layer.in_channels for layer in layers]
+    for joined in switches[len(moved):]:
+        joined.grad = None  # as in train.py without sharing: Adam leaves the others alone
     weights = [p for name, p in net.named_parameters() if p.requires_grad and ".switches." not in name]
     optimizers = [torch.optim.SGD(weights, lr=1e-3, momentum=0.9)] if weights else []
     optimizers += [torch.optim.Adam(switches, lr=1e-4, fused=True)] if switches else []
@@ -170,13 +172,12 @@ def step_of(kind, widen_factor, size, memory_format, domains=10):
     def step():
         loss = F.cross_entropy(net(x, "d0"), y)
         if switches:
-            moved = switches if kind == "switches" else switches[:1]
             s = ba2ps.binarize(torch.stack(moved), widths)
             loss = loss + ba2ps.budget_loss(s[0], 0.5, 1.0)
             if kind == "switches":
                 loss = loss + ba2ps.sharing_loss(s, 0.5)
-            for joined, grad in zip(switches, gradients):
-                joined.grad = grad.zero_() if len(moved) > 1 or joined is switches[0] else None
+            for joined in moved:
+                joined.grad.zero_()
         for optimizer in optimizers[:1]:  # of the weights
             optimizer.zero_grad()
         loss.backward()
@@ -237,7 +238,7 @@ def recipe_step_of(kind, budget):
     x = torch.randn(32 if kind == "BA2" else 16, 3, 32, 32).to(memory_format=torch.channels_last)
     y, layers = torch.randint(10, (len(x),)), ba2ps.switched_layers(net).values()
     joined, widths = ba2ps.join_switches(net, net.domains), [layer.in_channels for layer in layers]
-    own, grad = joined["d0"], joined["d0"].grad
+    own = joined["d0"]
     for layer in layers:
         for switches in layer.switches.values():
             switches.requires_grad_(kind != "refine")
@@ -250,7 +251,7 @@ def recipe_step_of(kind, budget):
     def step():
         loss = F.cross_entropy(net(x, "d0"), y)
         if kind != "refine":
-            own.grad = grad.zero_()
+            own.grad.zero_()
             loss = loss + ba2ps.budget_loss(ba2ps.binarize(own[None], widths)[0], budget / 2, 0.1)
         weights.zero_grad()
         loss.backward()
