@@ -101,16 +101,19 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
                 tasks.append(task.item() * len(items))
             # settled, what follows would add constants
             own = [] if settled else ba2ps.binarize(torch.stack([switches[d] for d in part]), widths)  # (of the batch, M)
+            costs = torch.full((sum(widths),), 1 / sum(widths))
+            if len(own):
+                every = ba2ps.binarize(torch.stack([
+                    switches[d] if d in part or (shares and args.share_to == "all") else switches[d].detach()
+                    for d in domains]), widths)
+                used = dict(zip(domains, every @ costs))
             for domain, s in zip(part, own):
                 # held, the usage is beta and the hinge would be flat; but its price has to go on working through Adam, which
                 # moves a switch by the price over the size of its gradients: so it is the unimportant ones that go off
                 price = multipliers[domain].value
-                loss = loss + (price * s.mean() if args.hold else ba2ps.budget_loss(s, budget, price)) / number
+                loss = loss + (price * s.mean() if args.hold else F.relu(price * (used[domain] - budget))) / number
             if shares and not settled:
-                others = [switches[domain] for domain in domains if domain not in part]
-                with torch.set_grad_enabled(args.share_to == "all"):
-                    rest = [ba2ps.binarize(torch.stack(others), widths)] if others else []
-                s = torch.cat([own, *rest])                                                  # (N, M)
+                s = every
                 loss = loss + ba2ps.sharing_loss(s, budget, sharing.value, args.sharing_loss) / number
                 sharing.update(ba2ps.sharing_excess(s.detach(), budget, args.sharing_loss).item(), 0)
             weight_optimizer.zero_grad()
@@ -132,7 +135,7 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
                     group["lr"] = args.switch_lr * (1 - done / args.settle)
                 scaler.step(switch_optimizer)
                 for domain, s in zip(part, own):  # held, it counts where the usage would go
-                    multipliers[domain].update(ba2ps.usage(network, domain) if args.hold else s.mean().item(), budget)
+                    multipliers[domain].update(ba2ps.usage(network, domain) if args.hold else used[domain].item(), budget)
                 if args.common:
                     ba2ps.share_switches(network, domains)
                 for domain in domains if args.hold and budget < 1 else ():
