@@ -47,8 +47,7 @@ class InputError(ValueError):
 
 def _is_on(switches, widths):
     """1[s > 0] of (..., sum of widths), in float, and 1 for the strongest of a layer, `widths` wide, that would be off."""
-    strongest = [layer == layer.amax(-1, keepdim=True) for layer in switches.split(widths, -1)]
-    return ((switches > 0) | torch.cat(strongest, -1)).to(switches.dtype)  # where any is on, so is the strongest
+    return (switches > 0).to(switches.dtype)
 
 
 class _Binarize(torch.autograd.Function):

@@ -134,6 +134,11 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
                 for group in switch_optimizer.param_groups if args.settle < math.inf else ():
                     group["lr"] = args.switch_lr * (1 - done / args.settle)
                 scaler.step(switch_optimizer)
+                with torch.no_grad():
+                    for d in domains if (shares and args.share_to == "all") else part:
+                        for p in switches[d].data.split(widths):
+                            if p.max() <= 0:
+                                p[p.argmax()] = 1e-6
                 for domain, s in zip(part, own):  # held, it counts where the usage would go
                     multipliers[domain].update(ba2ps.usage(network, domain) if args.hold else used[domain].item(), budget)
                 if args.common:
