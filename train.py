@@ -96,9 +96,9 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
                 x, y = own_crops(items, len(indices), record, order, args)                   # (B, 3, S, S), (B,)
                 with autocast(args):
                     logits = forward(x, domain)
-                task = F.cross_entropy(logits.float(), y) if items else 0 * logits.sum()
-                loss = loss + task * (len(items) / size)
-                tasks.append(task.item() * len(items))
+                task = F.cross_entropy(logits.float(), y, reduction="sum")
+                loss = loss + task / size
+                tasks.append(task.item())
             # settled, what follows would add constants
             own = [] if settled else ba2ps.binarize(torch.stack([switches[d] for d in part]), widths)  # (of the batch, M)
             costs = torch.full((sum(widths),), 1 / sum(widths))
