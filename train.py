@@ -115,7 +115,7 @@ def adapt(network, domains, facts, train, val, args, state, phase, name="adapt")
             if shares and not settled:
                 s = every
                 loss = loss + ba2ps.sharing_loss(s, budget, sharing.value, args.sharing_loss) / number
-                sharing.update(ba2ps.sharing_excess(s.detach(), budget, args.sharing_loss).item(), 0)
+                sharing.update(max(0.0, ba2ps.sharing_excess(s.detach(), budget, args.sharing_loss).item()), 0)
             weight_optimizer.zero_grad()
             for domain, joined in switches.items():
                 # without sharing the other domains get no gradient at all: a zero one would let Adam's momentum move them
