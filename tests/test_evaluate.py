@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The benchmark: published scores, the release's files, crops, channel statistics, models compared and drawn."""
+"""evaluate.py: published scores, files, the cache, crops, what is reported and drawn, and bad input."""
+import functools
 import json
+import os
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -9,133 +12,51 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import functional as TF
 
 import ba2ps
 import evaluate
+import toy
 from ba2ps import InputError
 
-TEN = ["imagenet12", "aircraft", "cifar100", "daimlerpedcls", "dtd", "gtsrb", "vgg-flowers", "omniglot", "svhn", "ucf101"]
-OURS = {  # Table 1 of the paper: accuracies on test in the order of TEN, mean, S
-    1.00: ([56.872, 37.294, 80.200, 95.046, 57.926, 98.599, 84.615, 83.820, 95.993, 45.837], 73.620, 2512),
-    0.75: ([56.872, 42.574, 75.280, 94.959, 56.064, 98.551, 82.810, 87.234, 95.970, 44.674], 73.499, 2444),
-    0.50: ([56.872, 42.094, 73.690, 96.760, 51.277, 98.678, 81.444, 87.123, 96.047, 45.414], 72.940, 2552),
-    0.25: ([56.872, 33.633, 67.890, 95.281, 44.894, 98.147, 75.053, 87.381, 96.074, 43.008], 69.823, 1942),
-}
-TABLE_2 = {1.00: (0.837, 1.03, 3001, 2438), 0.75: (0.645, 0.921, 3789, 2654), 0.50: (0.447, 0.783, 5709, 3259),
-           0.25: (0.238, 0.531, 8159, 3657)}  # complexity, params, S_O, S_P
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
+TEN = "imagenet12 aircraft cifar100 daimlerpedcls dtd gtsrb vgg-flowers omniglot svhn ucf101".split()
+OURS = {  # Table 1: accuracies on test in the order of TEN, mean, S; Table 2: complexity, params, S_O, S_P
+    1.00: ([56.872, 37.294, 80.200, 95.046, 57.926, 98.599, 84.615, 83.820, 95.993, 45.837],
+           73.620, 2512, 0.837, 1.03, 3001, 2438),
+    0.75: ([56.872, 42.574, 75.280, 94.959, 56.064, 98.551, 82.810, 87.234, 95.970, 44.674],
+           73.499, 2444, 0.645, 0.921, 3789, 2654),
+    0.50: ([56.872, 42.094, 73.690, 96.760, 51.277, 98.678, 81.444, 87.123, 96.047, 45.414],
+           72.940, 2552, 0.447, 0.783, 5709, 3259),
+    0.25: ([56.872, 33.633, 67.890, 95.281, 44.894, 98.147, 75.053, 87.381, 96.074, 43.008],
+           69.823, 1942, 0.238, 0.531, 8159, 3657)}
+FACTS = {"image_size": 32, "budget": 0.5, "budget_of": "layers", "arguments": {}}
+ODD = [None, True, -1, 0, 1.5, 10**30, float("nan"), "", "x", "../x", "a\nb", "\0", "\ud800", [], {}, [1, 2]]
 
 
-@pytest.mark.parametrize("budget", OURS)
-def test_s_of_the_papers_rows(budget):
-    accuracies, mean, s = OURS[budget]
-    assert sum(accuracies) / 10 == pytest.approx(mean, abs=1e-3)
-    assert evaluate.s_score(dict(zip(TEN, accuracies)), evaluate.FINE_TUNED) == pytest.approx(s, abs=0.5)
-
-
-@pytest.mark.parametrize("budget", TABLE_2)
-def test_s_per_operation_and_per_parameter_of_the_papers_rows(budget, monkeypatch):
-    complexity, params, s_o, s_p = TABLE_2[budget]
-    rows = {d: {"usage": budget, "sparsity": 1 - budget, "complexity": complexity} for d in TEN[1:]}
-    monkeypatch.setattr(evaluate, "costs", lambda network, image_size: (rows, 0.0, params))
-
-    class Network:
-        source = "imagenet12"
-    report, _ = evaluate.measure(Network, {"image_size": 64, "budget": budget}, dict(zip(TEN, OURS[budget][0])), "test")
-    # the paper divides rounded figures; 1942 / 0.238 and 2512 / 1.03 are known to no more than three digits
-    assert report["s_o"] == pytest.approx(s_o, rel=2e-3) and report["s_p"] == pytest.approx(s_p, rel=2e-3)
-    assert report["complexity"] == pytest.approx(complexity)
-    assert report["complexity_with_source"] == pytest.approx(0.9 * complexity + 0.1)
-    assert report["mean_accuracy_with_source"] == pytest.approx(OURS[budget][1], abs=1e-3)
-    assert report["mean_accuracy"] == pytest.approx(sum(OURS[budget][0][1:]) / 9)
-
-
-def test_a_domain_is_over_budget_by_a_switch_not_by_rounding(monkeypatch, capsys):
-    usage = {"a": 0.1 + 0.2, "b": 0.3 + 1 / 3539, "c": 0.25, "d": 0.31}  # the first is 0.30000000000000004
-    rows = {d: {"usage": value, "sparsity": 0.7, "complexity": 0.3} for d, value in usage.items()}
-    monkeypatch.setattr(evaluate, "costs", lambda network, image_size: (rows, 0.6, 0.4))
-
-    class Network:
-        source = "imagenet12"
-    for budget, expected, says in ((0.3, ["b", "d"], "2 of 4 domains over budget: b, d"), (0.5, [], "no domain over budget"),
-                                   (None, [], None)):
-        facts = {"image_size": 64} if budget is None else {"image_size": 64, "budget": budget}
-        report, _ = evaluate.measure(Network, facts, {}, "test")
-        evaluate.show(report)
-        lines = capsys.readouterr().out.splitlines()
-        assert report["over_budget"] == expected and (lines[-1] == says or says is None and "over" not in "".join(lines))
-        assert [line.split()[0] for line in lines if line.endswith("   over budget")] == expected
-
-
-def test_the_complexity_of_ba2s_own_rows_counts_imagenet_as_one():
-    assert (9 * 0.25 + 1) / 10 == pytest.approx(0.325)  # Table 2, BA2 at 0.25
-
-
-def test_fine_tuning_scores_2500_and_a_domain_beyond_twice_its_error_nothing():
-    assert evaluate.s_score(evaluate.FINE_TUNED, evaluate.FINE_TUNED) == pytest.approx(2500)
-    assert evaluate.s_score({"a": 70.0, "b": 100.0}, {"a": 90.0, "b": 90.0}) == pytest.approx(1000)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-def write_domain(root, domain="animals", names=("cat", "dog", "emu"), per_class=4, first_id=0, size=(36, 36), seed=0):
-    """A small domain in the release's layout, whose folders are shuffled against the category ids."""
-    rng = random.Random(seed)
-    folders = list(range(len(names)))
-    rng.shuffle(folders)
-    for split in ("train", "val", "test_stripped"):
-        images, annotations = [], []
-        for c in range(len(names)):
-            for _ in range(per_class):
-                number = first_id + 1000 * ("train", "val", "test_stripped").index(split) + len(images) + 1
-                folder = "test" if split == "test_stripped" else f"{split}/{folders[c]:04d}"
-                name = f"data/{domain}/{folder}/{number:06d}.jpg"
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                value = 40 + 80 * c  # the class can be read off the image
-                Image.new("RGB", size, (value, value, value)).save(root / name, quality=95)
-                images.append({"id": number, "file_name": name, "width": size[0], "height": size[1]})
-                annotations.append({"id": number, "image_id": number, "category_id": first_id + 10 * c + 7})
-        rng.shuffle(images)
-        rng.shuffle(annotations)
-        categories = [{"id": first_id + 10 * c + 7, "name": name, "supercategory": domain} for c, name in enumerate(names)]
-        rng.shuffle(categories)
-        content = {"images": images, "categories": categories}
-        if split != "test_stripped":
-            content["annotations"] = annotations
-        (root / "annotations").mkdir(exist_ok=True)
-        (root / "annotations" / f"{domain}_{split}.json").write_text(json.dumps(content))
+def draw(root, counts=(2, 2, 2)):
+    """A domain whose classes can be read off its grey images; ids are not in the order of folders."""
+    def grey(rng, label, fixed):
+        return Image.new("RGB", (72, 72), (40 + 80 * label,) * 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "TOY", {"animals": (grey, 0, ["cat", "dog", "emu"], counts)})
+        toy.draw_toy(root)
+    for path in (root / "annotations").iterdir():
+        path.write_text(re.sub(r"\b100000(.)\b", lambda m: str((7, 17, 27)[int(m[1]) % 3]), path.read_text()))
     return root
 
 
-def test_labels_come_from_category_ids_whatever_the_folders_and_the_order(tmp_path):
-    images = evaluate.Images(write_domain(tmp_path), "animals", ["train", "val"], 32)
-    assert images.classes == ["cat", "dog", "emu"] and images.category_ids == [7, 17, 27] and len(images) == 24
-    for items in images.batches(torch.arange(24).split(8)):
-        for image, label in items:
-            assert image.dtype == torch.uint8 and round((image.float().mean().item() - 40) / 80) == label
-    test = evaluate.Images(tmp_path, "animals", ["test"], 32, [7, 17, 27])
-    assert not test.labelled and test[0][1] == -1 and len(test.ids) == 12
+@pytest.fixture
+def root(tmp_path):
+    return draw(tmp_path / "root")
 
 
-def test_images_are_resized_to_nine_eighths_of_the_crop_with_their_aspect_ratio(tmp_path):
-    images = evaluate.Images(write_domain(tmp_path, size=(100, 50)), "animals", ["train"], 64)
-    assert images[0][0].shape == (3, 72, 144)
+def images_of(root, *splits, size=32, **options):
+    return evaluate.Images(root, "animals", splits or ["train"], size, **options)
 
 
-@pytest.mark.parametrize("damage, said", [
-    (lambda root: (root / "annotations/animals_train.json").unlink(), "animals_train.json is missing"),
-    (lambda root: (root / "annotations/animals_train.json").write_text("{"), "not readable JSON"),
-    (lambda root: (root / "annotations/animals_train.json").write_text('{"images": 3}'), "not laid out"),
-    (lambda root: (root / "annotations/animals_train.json").write_text("[]"), "not laid out"),
-    (lambda root: edit(root, lambda c: c["images"].clear()), "lists no images"),
-    (lambda root: edit(root, lambda c: c["annotations"].pop()), "no annotation with a known category"),
-    (lambda root: edit(root, lambda c: c["annotations"][0].update(category_id=99)), "no annotation with a known category"),
-    (lambda root: next((root / "data/animals/train").glob("*/*")).unlink(), "is missing"),
-])
-def test_bad_files_are_named_in_one_line(tmp_path, damage, said):
-    damage(write_domain(tmp_path))
-    with pytest.raises(InputError, match=said) as error:
-        evaluate.Images(tmp_path, "animals", ["train"], 32)
-    assert "\n" not in str(error.value) and "animals" in str(error.value)
+def pixels_of(images):
+    return [(*images[i][0].shape, images[i][0].numpy().tobytes(), images[i][1]) for i in range(len(images))]
 
 
 def edit(root, change):
@@ -145,80 +66,9 @@ def edit(root, change):
     path.write_text(json.dumps(content))
 
 
-def test_unknown_domains_measure_their_channel_statistics_and_the_ten_have_theirs(tmp_path):
-    write_domain(tmp_path)
-    write_domain(tmp_path, "dtd", first_id=10_000)
-
-    def describe(domain, *no_mirror):
-        return evaluate.describe(evaluate.Images(tmp_path, domain, ["train"], 32), no_mirror)
-    record = describe("animals")
-    pixels = np.concatenate([np.asarray(Image.open(p)).reshape(-1, 3) for p in (tmp_path / "data/animals/train").glob("*/*")])
-    np.testing.assert_allclose(record["mean"], pixels.mean(0) / 255, atol=1e-6)
-    np.testing.assert_allclose(record["std"], (pixels / 255).std(0), atol=1e-6)
-    assert record["mirror"] and not describe("animals", "animals")["mirror"]
-    dtd = describe("dtd")
-    assert dtd["mean"] == [.5270, .4703, .4240] and not dtd["mirror"]
-
-
-# --- crops -----------------------------------------------------------------------------------------------------------
-
-def numbered(height, width):
-    """Every pixel holds its row and its column."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([rows, columns, torch.zeros_like(rows)]).to(torch.uint8)
-
-
-def test_crops_are_the_four_corners_the_centre_and_their_mirror_images():
-    image = numbered(36, 44)
-    crops = evaluate.test_crops([image], 32, 10)[0]
-    assert crops.shape == (10, 3, 32, 32)
-    corners = {(0, 0), (0, 12), (4, 0), (4, 12), (2, 6)}
-    assert {(int(c[0, 0, 0]), int(c[1, 0, 0])) for c in crops[:5]} == corners
-    for crop in crops[:5]:
-        assert torch.equal(crop[1, 0].int(), torch.arange(32).int() + int(crop[1, 0, 0]))
-    mirrored = {(int(c[0, 0, 0]), int(c[1, 0, -1])) for c in crops[5:]}
-    assert mirrored == corners and all(c[1, 0, 0] > c[1, 0, -1] for c in crops[5:])
-    assert torch.equal(evaluate.test_crops([image], 32, 5)[0], crops[:5])
-    assert torch.equal(evaluate.test_crops([image], 32, 1)[0, 0], image[:, 2:34, 6:38])
-
-
-def test_random_crops_reach_every_place_and_mirror_half():
-    image, order = numbered(36, 38), torch.Generator().manual_seed(0)
-    crops = evaluate.random_crops([image] * 2000, 32, True, order).int()
-    mirrored = crops[:, 1, 0, 0] > crops[:, 1, 0, 31]
-    assert 900 < mirrored.sum() < 1100
-    left = torch.minimum(crops[:, 1, 0, 0], crops[:, 1, 0, 31])
-    assert {*zip(crops[:, 0, 0, 0].tolist(), left.tolist())} == {(r, c) for r in range(5) for c in range(7)}
-    crops = evaluate.random_crops([image] * 50, 32, False, order).int()
-    assert (crops[:, 1, 0, 0] < crops[:, 1, 0, 31]).all()
-
-
-def test_predictions_average_the_probabilities_of_the_crops(tmp_path):
-    images = evaluate.Images(write_domain(tmp_path, size=(36, 44)), "animals", ["val"], 32)
-    pictures = [(numbered(44, 36) * (i + 1) % 251).to(torch.uint8) for i in range(len(images))]
-    for i, picture in enumerate(pictures):
-        images[i][0].copy_(picture)
-    record = {"mean": [.1, .2, .3], "std": [.5, .6, .7], "mirror": False}
-
-    class Network(torch.nn.Module):
-        def forward(self, x, domain):
-            return x[:, :, 0, 0] * 3
-    got = evaluate.predict(Network(), "animals", record, images, batch_size=5)
-    for i in range(len(images)):
-        probabilities = []
-        for top, left in ((0, 0), (0, 4), (12, 0), (12, 4), (6, 2)):
-            pixel = pictures[i][:, top, left].double().numpy() / 255
-            logits = 3 * (pixel - record["mean"]) / record["std"]
-            probabilities.append(np.exp(logits) / np.exp(logits).sum())
-        np.testing.assert_allclose(got[i].numpy(), np.mean(probabilities, 0), atol=1e-5)
-    assert evaluate.accuracy(torch.eye(3)[torch.tensor(images.labels)], images) == 100
-
-
-# --- several models --------------------------------------------------------------------------------------------------
-
-def by_hand(depth=10, widen_factor=1, **used):
+def by_hand(classes=3, source="shapes", widen_factor=1, **used):
     """A network in which domain d uses the channels used[d](C) of a layer of C, its switches +-1."""
-    network = ba2ps.WideResNet(depth, widen_factor, "source", 3)
+    network = ba2ps.WideResNet(10, widen_factor, source, classes)
     for domain, chosen in used.items():
         network.add_domain(domain, 3)
         for layer in ba2ps.switched_layers(network).values():
@@ -226,230 +76,356 @@ def by_hand(depth=10, widen_factor=1, **used):
     return network
 
 
-def written(path, network, **facts):
-    domains = {domain: {"classes": ["cat", "dog", "emu"], "category_ids": [7, 17, 27], "mean": [.5] * 3, "std": [.3] * 3,
-                        "mirror": False} for domain in network.classifiers}
-    path.parent.mkdir(exist_ok=True)
-    ba2ps.save(path, network, image_size=32, domains=domains, **facts)
+@pytest.mark.parametrize("budget", OURS)
+def test_scores_of_the_papers_rows(budget, monkeypatch):
+    accuracies, mean, s, complexity, params, s_o, s_p = OURS[budget]
+    network = by_hand(source=TEN[0], **{domain: lambda c: range(c // 2) for domain in TEN[1:]})
+    monkeypatch.setattr(ba2ps, "usage", lambda *rest, **domains: dict.fromkeys(TEN[1:], complexity))
+    monkeypatch.setattr(ba2ps, "params", lambda network: params)
+    report = evaluate.measure(network, FACTS, dict(zip(TEN, accuracies)), "test")
+    assert report["s_score"] == pytest.approx(s, abs=0.5)
+    # the paper divides rounded figures; 1942 / 0.238 and 2512 / 1.03 are known to no more than three digits
+    assert report["s_o"] == pytest.approx(s_o, rel=2e-3) and report["s_p"] == pytest.approx(s_p, rel=2e-3)
+    assert report["complexity"] == pytest.approx(complexity)
+    assert report["complexity_with_source"] == pytest.approx(0.9 * complexity + 0.1)
+    assert report["mean_accuracy_with_source"] == pytest.approx(mean, abs=1e-3)
+    assert report["mean_accuracy"] == pytest.approx(sum(accuracies[1:]) / 9)
+    alone = evaluate.measure(network, FACTS, dict(zip(TEN[1:], accuracies[1:])), "test")
+    assert alone["s_score"] < s - 200 and alone["mean_accuracy_with_source"] is None
+    unknown = evaluate.measure(network, FACTS, dict(zip(TEN[:-1], accuracies)), "test")
+    assert unknown["mean_accuracy"] is unknown["s_score"] is unknown["s_o"] is None
+    for more, over in ((-1e-4, TEN[1:]), (-1e-7, []), (1e-4, [])):  # by a switch, not by rounding
+        report = evaluate.measure(network, FACTS | {"budget": min(1, complexity + more)}, {}, "test")
+        assert report["over_budget"] == over
+    assert evaluate.s_score({"a": 70.0, "b": 100.0}, {"a": 90.0, "b": 90.0}) == pytest.approx(1000)
+
+
+def test_labels_come_from_category_ids_whatever_the_folders_and_the_order(root):
+    images = images_of(root, "train", "val")
+    assert images.record["classes"] == ["emu", "cat", "dog"] and images.record["category_ids"] == [7, 17, 27]
+    assert len(images) == 12 and images.labelled
+    for i, (number, path) in enumerate(zip(images.ids, images.paths, strict=True)):
+        assert (images[i][0][0, 0, 0] - 30) // 80 == [2, 0, 1][images[i][1]] and str(number) in path
+    test = images_of(root, "test", record=images.record)
+    assert not test.labelled and test[0][1] == -1 and len(test.ids) == 6
+    with pytest.raises(InputError, match="animals_val.json: the categories are not those"):
+        images_of(root, "val", record={**images.record, "category_ids": [7, 17, 28]})
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda c: c["images"].clear(), "no images"), (lambda c: c["annotations"].pop(), "no category"),
+    (lambda c: c["images"].append(dict(c["images"][0])), "image's id twice"),
+    (lambda c: c["categories"].append({"id": 7, "name": "again"}), "category's id twice"),
+    (lambda c: c["annotations"][0].update(category_id=99), "no category"),
+    (lambda c: c["images"][0].update(file_name="/etc/hostname"), "lies outside"),
+    (lambda c: c["images"][0].update(file_name="data/../../secret.jpg"), "lies outside")])
+def test_annotations_that_cannot_be_used_are_named(change, said, root):
+    edit(root, change)
+    with pytest.raises(InputError, match=f"animals_train.json.*{said}"):
+        images_of(root)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "RGB"])
+def test_images_are_read_as_rgb_turned_as_they_are_stored_and_resized_by_torchvision(mode, root):
+    image, exif = Image.effect_noise((100, 51), 60).convert("RGB").convert(mode), Image.Exif()
+    exif[0x112] = 6  # to be shown turned by 90 degrees
+    image.save(images_of(root).paths[4], "PNG", exif=exif)
+    pixels = images_of(root, size=64)[4][0]
+    assert torch.equal(pixels, TF.pil_to_tensor(TF.resize(image.convert("RGB"), 72)))
+    assert pixels.shape == (3, 72, 141)
+
+
+def test_other_domains_measure_their_channel_statistics_and_the_ten_have_theirs(root):
+    paths = images_of(root).paths
+    Image.effect_noise((36, 40), 60).convert("RGB").save(paths[0], "PNG")
+    record = images_of(root).decode().record
+    values = np.concatenate([np.asarray(Image.open(path)).reshape(-1, 3) for path in paths]) / 255
+    np.testing.assert_allclose([record["mean"], record["std"]], [values.mean(0), values.std(0)], atol=1e-6)
+    assert images_of(root, record=record, no_mirror=["animals"]).record == {**record, "mirror": not record["mirror"]}
+    (root / "annotations/animals_val.json").rename(root / "annotations/dtd_val.json")
+    dtd = evaluate.Images(root, "dtd", ["val"], 32).decode().record
+    assert (dtd["mean"], dtd["std"], dtd["mirror"]) == ([.5270, .4703, .4240], [.2523, .2409, .2499], False)
+
+
+def test_the_second_time_nothing_is_decoded_and_pixels_are_mapped(root, tmp_path, monkeypatch):
+    first, other = pixels_of(images_of(root)), draw(tmp_path / "other/root")
+    file, = (root / "cache").iterdir()
+    assert re.fullmatch("animals-train-36-[0-9a-f]{16}.pixels", file.name) and file.stat().st_size == 23_376
+    for place in (root, other):  # every root has its own folder elsewhere
+        images_of(place, cache=tmp_path / "elsewhere").decode()
+    assert len([*(tmp_path / "elsewhere").glob("root-*/*")]) == 2 and not (other / "cache").exists()
+    monkeypatch.setattr(evaluate.Images, "read", lambda self, path: pytest.fail("an image is decoded"))
+    images = images_of(root, "train", "train")  # a file for each split
+    assert pixels_of(images) == first + first
+    assert pixels_of(images_of(root, cache=tmp_path / "elsewhere")) == first
+    with open(file, "r+b") as mapped:
+        mapped.write(b"\x07")
+    assert images[0][0][0, 0, 0] == 7
+
+
+def test_worker_processes_give_the_same_pixels_and_leave_the_runs_randomness_alone(tmp_path):
+    root = draw(tmp_path / "root", (90, 1, 1))  # enough for a worker process
+    for i, path in enumerate(images_of(root).paths):
+        Image.new("RGB", (36 + i % 3, 40 - i % 5), (i % 256, 3 * i % 256, 7)).save(path)
+    before = torch.get_rng_state()
+    one, other = (pixels_of(images_of(root, cache=tmp_path / f"{n}").decode(n)) for n in (0, 1))
+    assert one == other and len(one) == 270 and before.equal(torch.get_rng_state())
+    with open(images_of(root).paths[77], "wb"), pytest.raises(InputError) as error:
+        images_of(root).decode(1)
+    assert images_of(root).paths[77] in str(error.value).splitlines()[-1]
+
+
+@pytest.mark.parametrize("change", ["time", "size", "order", "crop"])
+def test_the_cache_is_made_anew_when_its_source_changed_and_the_old_one_goes(root, change):
+    def write(path, colour, side, seconds):
+        Image.new("RGB", (side, side), (colour, 2, 3)).save(path, "BMP")
+        os.utime(path, (seconds, seconds))
+    paths = images_of(root).paths
+    for i, path in enumerate(paths):
+        write(path, i, 36, 7)  # all of one size and time
+    before, size = pixels_of(images_of(root)), 64 if change == "crop" else 32
+    old, = (root / "cache").iterdir()
+    if change == "order":
+        edit(root, lambda c: c["images"].reverse())
+    elif change != "crop":
+        write(paths[2], 99, *((36, 8) if change == "time" else (40, 7)))
+    after, fresh = (pixels_of(images_of(root, size=size, cache=place)) for place in (None, root / "fresh"))
+    assert after == fresh != before and old.exists() == (change == "crop")
+    assert len([*(root / "cache").iterdir()]) == size // 32
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b[:-1], lambda b: b[:40], lambda b: b"", lambda b: b + b"\0", lambda b: b[:-8] + bytes(8)])
+def test_a_damaged_cache_is_made_anew(root, damage):
+    before, (file,) = pixels_of(images_of(root)), [*(root / "cache").iterdir()]
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert pixels_of(images_of(root)) == before and file.read_bytes() == whole
+
+
+def test_a_stopped_build_leaves_nothing_and_a_root_that_cannot_be_written_needs_a_flag(root, monkeypatch):
+    read, seen = evaluate.Images.read, []
+
+    def stopped(self, path):
+        seen.extend((root / "cache").iterdir())
+        return read(self, path) if len(seen) < 4 else os.kill(os.getpid(), 2)  # SIGINT
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate.Images, "read", stopped)
+        images_of(root).decode()
+    assert {path.suffix for path in seen} == {".part"} and not [*(root / "cache").iterdir()]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(InputError, match="root cannot be written: give --cache DIR"):
+        images_of(root)
+    images_of(root, cache=root / "elsewhere").decode()
+
+
+class Given(evaluate.Images):
+    def __init__(self, mirror):
+        self.paths = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8)
+                      for h, w in [(36, 36), (36, 41), (47, 36), (36, 90), (37, 39)] * 2]
+        self.record = {"mean": [.1, .2, .3], "std": [.5, .6, .7], "mirror": mirror}
+        self.places = [(image.flatten(), 0, *image.shape[1:]) for image in self.paths]
+        self.crop, self.labels = 32, [*range(10)]
+
+
+def normalised(crop):
+    return torch.stack([(row / 255 - m) / s for row, m, s in zip(crop.float(), (.1, .2, .3), (.5, .6, .7))])
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_random_crops_are_those_that_are_cut_one_by_one_also_by_several_processes(mirror):
+    images, one, *orders = Given(mirror), *(torch.Generator().manual_seed(5) for _ in range(5))
+    for indices in (torch.arange(10), torch.tensor([7, 3, 3]), [4]):
+        expected = []
+        for i, (down, right, flip) in zip(indices, torch.rand(len(indices), 3, generator=one).tolist()):
+            image = images[int(i)][0]
+            top, left = int(down * (image.shape[1] - 32 + 1)), int(right * (image.shape[2] - 32 + 1))
+            crop = image[:, top:top + 32, left:left + 32]
+            expected.append(normalised(crop.flip(2) if mirror and flip < 0.5 else crop))
+        for order, own in zip(orders, (slice(None), slice(0, 2), slice(2, 10), slice(1, 1))):
+            x, y = images.batch(indices, order, "cpu", own)
+            assert torch.equal(x, torch.stack([torch.zeros(3, 32, 32), *expected])[1:][own])
+            assert y.tolist() == [int(i) for i in indices][own] and y.dtype == torch.long
+            assert torch.equal(order.get_state(), one.get_state())
+
+
+@pytest.mark.parametrize("crops, mirror", [(None, True), (None, False), (1, True), (5, True), (10, False)])
+def test_predictions_average_the_probabilities_of_torchvisions_crops(crops, mirror):
+    class Network(torch.nn.Module):
+        def forward(self, x, domain):
+            assert domain == "animals" and not self.training
+            return 3 * x[:, :, 0, 0] + x[:, :, 5, 9]
+    images, counted = Given(mirror), []
+    got = evaluate.predict(Network(), "animals", images, crops, 4, progress=counted.append)
+    for image, probabilities in zip(images.paths, got, strict=True):
+        cut = {1: [TF.center_crop(image, 32)], 5: TF.five_crop(image, 32), 10: TF.ten_crop(image, 32)}
+        x = torch.stack([normalised(crop) for crop in cut[crops or (10 if mirror else 5)]])
+        expected = torch.softmax(3 * x[:, :, 0, 0] + x[:, :, 5, 9], 1).mean(0)
+        torch.testing.assert_close(probabilities, expected, atol=1e-6, rtol=0)
+    images.labels = [y + (i > 2) for i, y in enumerate(got.argmax(1).tolist())]
+    assert counted == [4, 4, 2] and evaluate.accuracy(got, images) == pytest.approx(30)
+
+
+def written(path, network, data=None, **facts):
+    """network saved to `path`, with the records of the images in `data` or made up."""
+    made_up = {"classes": [*"abc"], "category_ids": [1, 2, 3], "mean": [.5] * 3, "std": [.3] * 3, "mirror": 0}
+    records = {domain: evaluate.Images(data, domain, ["train"], 32).decode().record if data else made_up
+               for domain in network.classifiers}
+    arguments = {"data": str(data), "cache": None, "recipe": "paper", "sharing": 1.0, "independent": False}
+    ba2ps.save(path, network, **{**FACTS, "domains": records, "arguments": arguments, **facts})
     return path
 
 
-def run(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--device", "cpu", "--workers", "0"])
-    evaluate.main()
+@pytest.fixture(scope="module")
+def model(decathlon, tmp_path_factory):
+    """A checkpoint of a network that guesses, of the source shapes, of strokes and textures."""
+    torch.manual_seed(0)
+    network = by_hand(5, strokes=lambda c: range(c // 4, c), textures=lambda c: range(c // 2)).eval()
+    for domain, linear in network.classifiers.items():  # all classes alike
+        images = evaluate.Images(decathlon, domain, ["val"], 32).decode()
+        linear.bias.data -= network(images.batch(range(len(images)), None)[0], domain).mean(0).detach()
+    return written(tmp_path_factory.mktemp("model") / "model.pt", network, decathlon)
 
 
-def three_models():
-    """In sixteenths of a layer's channels {0..3}, {2..9}, {5..14}; but in one layer the first has all switches off."""
-    a = by_hand(x=lambda c: range(c // 8), y=lambda c: range(c // 8, c // 4))
-    b = by_hand(x=lambda c: range(c // 8, 10 * c // 16))
-    c = by_hand(y=lambda c: range(5 * c // 16, 15 * c // 16), z=lambda c: [c // 2])
-    layer = ba2ps.switched_layers(a)["block2.0.conv2"]
-    assert layer.in_channels == 32
-    for domain, strongest in (("x", 31), ("y", 30)):
-        layer.switches[domain].data.fill_(-1)[strongest] = 0.0
-    return {"a": (a, 0.25), "b": (b, 0.5), "c": (c, 0.75)}
+def run(*words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--device", "cpu", "--workers", "0"])
+        evaluate.main()
 
 
-def test_table_3_of_models_counted_by_hand(tmp_path, monkeypatch, capsys):
-    paths = [written(tmp_path / name / "model.pt", network, budget=beta) for name, (network, beta) in three_models().items()]
-    run(monkeypatch, "--compare", *paths, "--json", tmp_path / "r.json")
-    report = json.loads((tmp_path / "r.json").read_text())
-    # eight layers by sixteenths; in the ninth, of 32 channels, the first model has 30 and 31, the others {4..19}, {10..29}
-    expected = [("a", "b", 6 / 16, 14 / 32, 0.5), ("a", "c", 2 / 16, 10 / 32, 0.25), ("b", "c", 3 / 16, 6 / 32, 0.25),
-                ("a", "b", "c", 1 / 16, 4 / 32, 0.25)]
-    assert len(report["shared"]) == len(expected)
-    out = capsys.readouterr().out
-    for row, (*names, eight, ninth, most) in zip(report["shared"], expected):
-        assert [Path(path).parent.name for path in row["models"]] == names
-        assert row["budgets"] == [dict(a=0.25, b=0.5, c=0.75)[name] for name in names]
-        assert row["shared_sparsity"] == pytest.approx((8 * eight + ninth) / 9) and row["max_shared_sparsity"] == most
-        line = next(line for line in out.splitlines() if line.startswith(" & ".join(names) + "  "))
-        assert line.split()[-2:] == [f"{100 * (8 * eight + ninth) / 9:.1f}%", f"{100 * most:.1f}%"]
-        assert " & ".join(f"{beta:.2f}" for beta in row["budgets"]) in line
-    for row, path, own in zip(report["models"], paths, [(8 * 12 / 16 + 30 / 32) / 9, 8 / 16, 6 / 16]):
-        assert row["model"] == str(path) and row["sparsity_all"] == pytest.approx(own) and row["mean_accuracy"] is None
-        line = next(line for line in out.splitlines() if line.startswith(str(path)))
-        assert line.split()[1:4] == [f"{row['budget']:.2f}", f"{100 * own:.1f}%", f"{100 - 100 * row['budget']:.1f}%"]
+def report_of(*words):
+    run(*words, "--json", "report.json")
+    return json.loads(Path("report.json").read_text())
 
 
-def test_two_models_are_one_pair_and_an_unknown_budget_has_no_largest(tmp_path, monkeypatch, capsys):
-    models = three_models()
-    paths = [written(tmp_path / "a.pt", models["a"][0], budget=0.25), written(tmp_path / "b.pt", models["b"][0])]
-    run(monkeypatch, "--compare", *paths, "--json", tmp_path / "r.json")
-    shared = json.loads((tmp_path / "r.json").read_text())["shared"]
-    assert len(shared) == 1 and shared[0]["max_shared_sparsity"] is None and shared[0]["budgets"] == [0.25, None]
-    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "-"
+def test_a_report_is_that_of_its_parts_on_the_data_of_the_training(model, decathlon, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (network, facts), guesses, hits = evaluate.load_model(model), {}, {}
+    for domain, record in facts["domains"].items():
+        content = json.loads((decathlon / f"annotations/{domain}_val.json").read_text())
+        labels = {a["image_id"]: a["category_id"] for a in content["annotations"]}
+        for image in content["images"]:
+            pixels = TF.pil_to_tensor(TF.resize(Image.open(decathlon / image["file_name"]), 36))
+            x = TF.normalize(torch.stack(TF.ten_crop(pixels, 32)) / 255, record["mean"], record["std"])
+            guess = record["category_ids"][network.eval()(x, domain).softmax(1).mean(0).argmax()]
+            guesses[image["id"]] = guess
+            hits.setdefault(domain, []).append(100 * (guess == labels[image["id"]]))
+    source, strokes, textures = map(np.mean, hits.values())
+    Path("base.json").write_text('{"strokes": 50, "textures": 50}')
+    report = report_of(model, "--results", "results.json", "--baseline", "base.json")
+    complexity = ba2ps.usage(network, "macs", 32)
+    for domain, *row in (("strokes", strokes, .75, .25), ("textures", textures, .5, .5)):
+        assert [*report["domains"][domain].values()] == pytest.approx([*row, complexity[domain]])
+    assert report["mean_accuracy"] == pytest.approx((strokes + textures) / 2) and strokes != textures
+    assert report["mean_accuracy_with_source"] == pytest.approx((strokes + textures + source) / 3)
+    assert report["s_score"] == pytest.approx((strokes**2 + textures**2) / 10)  # E_max is 1
+    keys = ("budget_of", "source", "over_budget", "source_accuracy", "params")
+    assert [report[key] for key in keys] == ["layers", "shapes", ["strokes"], source, ba2ps.params(network)]
+    rows = json.loads(Path("results.json").read_text())
+    assert {row["image_id"]: row["category_id"] for row in rows} == guesses
+    without = report_of(model, "--skip-source", "--data", decathlon)
+    assert without["source_accuracy"] is None and without["domains"] == report["domains"]
+    test = report_of(model, "--split", "test", "--results", "results.json", "--crops", "1")
+    assert test["mean_accuracy"] is None and len(json.loads(Path("results.json").read_text())) == 11
 
 
-@pytest.mark.parametrize("pruned", ["abc", "b"])
-def test_pruned_models_compare_as_masked_ones(pruned, tmp_path, monkeypatch):
-    reports = []
-    for chosen in ("", pruned):
-        paths = [written(tmp_path / f"{name}.pt", ba2ps.prune(network) if name in chosen else network, budget=beta)
-                 for name, (network, beta) in three_models().items()]
-        run(monkeypatch, "--compare", *paths, "--json", tmp_path / "r.json")
-        reports.append(json.loads((tmp_path / "r.json").read_text()))
-    assert reports[0] == reports[1]
+def test_table_3_counted_by_hand_masked_and_pruned(tmp_path, monkeypatch):
+    """In sixteenths of a layer's channels the models use {0..3}, {2..9} and {5..14}."""
+    monkeypatch.chdir(tmp_path)
+    networks = {"a": by_hand(x=lambda c: range(c // 8), y=lambda c: range(c // 8, c // 4)),
+                "b": by_hand(x=lambda c: range(c // 8, 10 * c // 16)),
+                "c": by_hand(y=lambda c: range(5 * c // 16, 15 * c // 16), z=lambda c: [c // 2])}
+    for domain, channel in (("x", 31), ("y", 30)):  # but in one layer, of 32, the first uses these
+        switches = ba2ps.switched_layers(networks["a"])["block2.0.conv2"].switches[domain]
+        switches.data.fill_(-1)[channel] = 1
+    expected = {"ab": (6, 14, .5), "ac": (2, 10, .25), "bc": (3, 6, .25), "abc": (1, 4, .25)}
+    for change in (lambda network: network, ba2ps.prune):
+        for (name, network), budget in zip(networks.items(), (.25, .5, .75)):
+            written(tmp_path / f"{name}.pt", change(network), budget=budget)
+        report = report_of("--compare", "a.pt", "b.pt", "c.pt", "--picture", "p.png")
+        assert Image.open("p.png").size == (1800, 740)
+        assert ["".join(path[0] for path in row["models"]) for row in report["shared"]] == [*expected]
+        for row, (eight, ninth, most) in zip(report["shared"], expected.values()):
+            assert row["shared_sparsity"] == pytest.approx((8 * eight / 16 + ninth / 32) / 9)
+            assert row["max_shared_sparsity"] == most == 1 - max(row["budgets"])
+        own = [row["sparsity_all"] for row in report["models"]]
+        assert own == pytest.approx([(8 * 12 / 16 + 30 / 32) / 9, 8 / 16, 6 / 16])
 
 
-def test_compared_accuracies_are_those_of_each_model_by_itself(tmp_path, monkeypatch):
-    for domain in ("birds", "cars"):
-        write_domain(tmp_path, domain)
-    used = {"birds": lambda c: range(c // 2), "cars": lambda c: range(c // 4, c)}
-    paths = [written(tmp_path / f"{budget}.pt", by_hand(**used), budget=budget) for budget in (0.5, 0.75)]
-    expected = []
-    for path in paths:
-        run(monkeypatch, path, "--data", tmp_path, "--json", tmp_path / "r.json")
-        expected.append(json.loads((tmp_path / "r.json").read_text())["mean_accuracy"])
-    run(monkeypatch, "--compare", *paths, "--data", tmp_path, "--json", tmp_path / "r.json", "--picture", tmp_path / "p.png")
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert [row["mean_accuracy"] for row in report["models"]] == expected and report["split"] == "val"
-    assert Image.open(tmp_path / "p.png").width == 1800
-    with pytest.raises(InputError, match="--split test has no labels"):
-        run(monkeypatch, "--compare", *paths, "--data", tmp_path, "--split", "test")
-
-
-def test_models_of_other_layers_are_not_compared(tmp_path, monkeypatch):
-    used = {"x": lambda c: range(c // 2)}
-    first = written(tmp_path / "first.pt", by_hand(**used), budget=0.5)
-    for depth, widen_factor in ((16, 1), (10, 2)):
-        other = written(tmp_path / "other.pt", by_hand(depth, widen_factor, **used), budget=0.5)
-        with pytest.raises(InputError, match=f"other.pt is WRN-{depth}-{widen_factor} and .*first.pt WRN-10-1"):
-            run(monkeypatch, "--compare", first, other)
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-def kinds(path):
-    """(height, width) of a picture: which of evaluate.USED a pixel has the colour of, -1 for none."""
-    with Image.open(path) as image:
-        image.load()
-        assert image.format == "PNG"
-        pixels = np.asarray(image.convert("RGB"))
-    kind = np.full(pixels.shape[:2], -1)
-    for i, (colour, _, _) in enumerate(evaluate.USED):
-        kind[(pixels == list(bytes.fromhex(colour[1:]))).all(2)] = i
-    return kind
-
-
-def quarter(i):
-    return lambda c: range(i * c // 4, (i + 1) * c // 4)
-
-
-@pytest.mark.parametrize("used, shares", [  # of the area: on in all, in several, in one alone, off here, off in all
-    ({"x": quarter(1), "y": quarter(1), "z": quarter(1)}, [1 / 4, 0, 0, 0, 3 / 4]),
-    ({"x": quarter(1), "y": quarter(2), "z": quarter(3)}, [0, 0, 1 / 4, 1 / 2, 1 / 4]),
-    ({"x": quarter(1), "y": quarter(1), "z": quarter(3)}, [0, 1 / 6, 1 / 12, 1 / 4, 1 / 2]),
-    ({"x": quarter(2)}, [1 / 4, 0, 0, 0, 3 / 4])])
-@pytest.mark.parametrize("pruned", [False, True])
-def test_the_area_of_each_colour_is_the_share_of_channels(used, shares, pruned, tmp_path, monkeypatch, capsys):
-    network = by_hand(**used)
-    model = written(tmp_path / "model.pt", ba2ps.prune(network) if pruned else network, budget=0.25)
-    run(monkeypatch, model, "--picture", tmp_path / "p.png")  # no --data: nothing is evaluated
-    assert "p.png" in capsys.readouterr().out
-    kind = kinds(tmp_path / "p.png")
-    assert kind.shape[1] == 1800 and 300 < kind.shape[0] < 1000
-    area = np.bincount(kind[kind >= 0], minlength=5) / (kind >= 0).sum()
-    np.testing.assert_allclose(area, shares, atol=0.02)  # the legend has a patch of each
-    assert area[4] == pytest.approx(ba2ps.sparsity(network)[1], abs=0.02)
-
-
-def test_channels_are_drawn_from_the_most_used_to_the_pruned(tmp_path):
-    used = {"x": lambda c: [*range(c // 8), *range(c // 4, 3 * c // 8), *range(c // 2, 3 * c // 4)],
-            "y": lambda c: [*range(c // 8), *range(c // 2, 3 * c // 4)], "z": lambda c: range(c // 2, 3 * c // 4)}
-    network = by_hand(**used)
-    evaluate.write_picture(tmp_path / "p.png", lambda figure: evaluate.draw_channels(figure, network, {}))
-    kind = kinds(tmp_path / "p.png")
-    assert kind.shape[1] == 1800
-    row = kind[np.flatnonzero((kind == 0).sum(1) > 50)[5], :600]  # through domain x of the first strip, without a frame
-    row = row[row >= 0]
-    assert row[np.flatnonzero(np.diff(row, prepend=-1))].tolist() == [0, 1, 2, 4]
-    assert np.bincount(row)[[0, 1, 2, 4]] / len(row) == pytest.approx([1 / 4, 1 / 8, 1 / 8, 1 / 2], abs=0.02)
-
-
-def test_ten_domains_with_long_names_stay_inside_the_picture(tmp_path):
-    network = by_hand(28, 1, **{f"{domain}-with-a-name": quarter(i % 4) for i, domain in enumerate(TEN)})
-    facts = {"budget": 0.25, "arguments": {"sharing": 1.0, "recipe": "held", "independent": True}}
-    evaluate.write_picture(tmp_path / "p.png", lambda figure: evaluate.draw_channels(figure, network, facts))
-    with Image.open(tmp_path / "p.png") as image:
-        pixels = np.asarray(image.convert("L"))
-    assert pixels.shape[1] == 1800 and 1000 < pixels.shape[0] < 1600
+@pytest.mark.parametrize("used, shares", [  # the quarters that are used; the areas of USED
+    ([1, 1, 1], [1 / 4, 0, 0, 0, 3 / 4]), ([2], [1 / 4, 0, 0, 0, 3 / 4]),
+    ([1, 2, 3], [0, 0, 1 / 4, 1 / 2, 1 / 4]), ([3, 1, 1], [0, 1 / 6, 1 / 12, 1 / 4, 1 / 2])])
+def test_the_area_of_each_colour_is_the_share_of_channels(used, shares, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *rest: pytest.fail("it is evaluated"))
+    network = by_hand(**{f"{TEN[k]}-with-a-long-name": lambda c, i=i: range(i * c // 4, (i + 1) * c // 4)
+                         for k, i in enumerate(used)})
+    run(written(tmp_path / "model.pt", ba2ps.prune(network)), "--picture", tmp_path / "p.png")
+    pixels = np.asarray(Image.open(tmp_path / "p.png").convert("RGB"))
+    colours = [bytes.fromhex(colour[1:]) for colour in evaluate.USED.values()]
+    kinds = np.stack([(pixels == [*colour]).all(2) for colour in colours])
+    np.testing.assert_allclose(kinds.sum((1, 2)) / kinds.sum(), shares, atol=0.02)  # the legend has some too
+    assert pixels.shape[1] == 1800
     assert all((edge == 255).all() for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]))
 
 
-def lines(**measured):
-    """{label: x, y of the markers} of the two panels that draw_betas makes of (beta, training, accuracy, sparsity)."""
+def test_measures_are_drawn_against_beta_through_the_means_of_seeds():
     from matplotlib.figure import Figure
-    figure = Figure()
-    evaluate.draw_betas(figure, {"split": "val", "models": [
-        {"budget": budget, "training": training, "mean_accuracy": accuracy, "sparsity_all": sparsity, "params": 1 - sparsity}
-        for budget, training, accuracy, sparsity in measured.values()]})
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    return legend, [{line.get_label(): line.get_xydata().tolist() for line in axes.lines
-                     if not line.get_label().startswith("_")} for axes in figure.axes], figure
+    models, figure = ((.5, "one", 78), (.25, "one", 72), (.25, "other", 75), (.25, "one", 70)), Figure()
+    keys = "budget", "training", "mean_accuracy", "params"
+    evaluate.draw_betas(figure, {"models": [dict(zip(keys, (*model, 1))) for model in models]})
+    assert [line.get_xydata().tolist() for line in figure.axes[0].lines] == [
+        [[.25, 71], [.5, 78]], [[.25, 70], [.25, 72], [.5, 78]], [[.25, 75]], [[.25, 75]]]
 
 
-def test_measures_are_drawn_against_beta_a_line_for_each_way_of_training():
-    models = {"a": (0.5, "λ_PS = 1.0", 78, 0.46), "b": (0.25, "λ_PS = 1.0", 72, 0.69), "c": (0.25, "no sharing", 75, 0.36),
-              "d": (0.25, "λ_PS = 1.0", 70, 0.67)}
-    legend, (left, right), figure = lines(**models)
-    assert legend == ["λ_PS = 1.0", "no sharing"] and "accuracy on val" in figure.axes[0].get_title("left")
-    assert left == {"λ_PS = 1.0": [[0.25, 72], [0.25, 70], [0.5, 78]], "no sharing": [[0.25, 75]]}
-    np.testing.assert_allclose(right["λ_PS = 1.0"], [[0.25, 0.31], [0.25, 0.33], [0.5, 0.54]])
-    assert [[0.25, 71], [0.5, 78]] in [line.get_xydata().tolist() for line in figure.axes[0].lines]  # through the mean
-    legend, (left, _), figure = lines(**{name: (*row[:2], None, row[3]) for name, row in models.items()})
-    assert legend == ["λ_PS = 1.0", "no sharing", "ideal, 1 − β"] and "sparsity all" in figure.axes[0].get_title("left")
-    assert left["ideal, 1 − β"] == [[0, 100], [1, 0]]
-    np.testing.assert_allclose(left["λ_PS = 1.0"], [[0.25, 69], [0.25, 67], [0.5, 46]])
+@pytest.mark.parametrize("words, named", [
+    ("none.pt", "none.pt"), ("", "give a model"), ("--compare MODEL", "two or more"), ("bare.pt", "bare.pt"),
+    ("MODEL --data nowhere", "nowhere"), ("MODEL --baseline MODEL", "model.pt"), ("gone.pt", "give --data"),
+    ("MODEL --json no/where.json", "no/where"), ("MODEL --workers -1", "--workers"), ("odd.pt", "strokes"),
+    ("MODEL --no-mirror plants", "plants"), ("MODEL --picture p.jpg", "p.jpg"),
+    ("MODEL --device toaster", "--device toaster"), ("--compare MODEL wide.pt", "WRN-10-1 and WRN-10-2"),
+    ("MODEL --cache MODEL", "model.pt"), ("--compare MODEL gone.pt --results r.json", "--results")])
+def test_bad_flags_and_models_end_in_one_line(words, named, model, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network, facts = ba2ps.load(model)
+    written(tmp_path / "bare.pt", by_hand())
+    written(tmp_path / "wide.pt", by_hand(widen_factor=2, strokes=range))
+    ba2ps.save("gone.pt", network, **{**facts, "arguments": {"data": "nowhere"}})
+    facts["domains"]["strokes"]["std"][1] = 0.0
+    ba2ps.save("odd.pt", network, **facts)
+    refused("evaluate.py", *[model if word == "MODEL" else word for word in words.split()], named=named)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".pt"}
 
 
-def test_models_are_grouped_by_how_they_were_trained_if_that_is_known(tmp_path, monkeypatch):
-    says = {"": {}, "λ_PS = 1.0": {"sharing": 1.0, "lr": 1}, "no sharing": {"sharing": 0.0, "independent": False},
-            "no sharing, independent": {"sharing": 0.0, "independent": True},
-            "switches in common, recipe held": {"sharing": 0.0, "common": True, "recipe": "held"},
-            "λ_PS = 0.5": {"sharing": 0.5, "recipe": "paper", "sharing_loss": "intersection"},
-            "λ_PS = learned, union, recipe held": {"sharing": "learned", "recipe": "held", "sharing_loss": "union"}}
-    assert all(evaluate.training({"arguments": arguments}) == words for words, arguments in says.items())
-    assert evaluate.training({}) == evaluate.training({"arguments": None}) == ""
-    facts = [{"budget": 0.25, "arguments": {"sharing": 0.0}}, {"budget": 0.5}]
-    paths = [written(tmp_path / f"{i}.pt", by_hand(x=quarter(0)), **known) for i, known in enumerate(facts)]
-    run(monkeypatch, "--compare", *paths, "--picture", tmp_path / "p.png", "--json", tmp_path / "r.json")
-    assert [row["training"] for row in json.loads((tmp_path / "r.json").read_text())["models"]] == ["no sharing", ""]
-    assert (kinds(tmp_path / "p.png").shape) == (740, 1800)
-    written(paths[1], by_hand(x=quarter(0)))
-    with pytest.raises(InputError, match="1.pt does not say its budget"):
-        run(monkeypatch, "--compare", *paths, "--picture", tmp_path / "p.png")
-
-
-@pytest.mark.parametrize("error", [ValueError, OSError, MemoryError])
-def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(error, tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    def savefig(figure, target, **options):
-        target.write(b"half") if hasattr(target, "write") else Path(target).write_bytes(b"half")
-        raise error("no more")
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    (tmp_path / "old.png").write_text("the old one")
-    for name in ("old.png", "new.png"):
-        with pytest.raises((error, InputError)):
-            evaluate.write_picture(tmp_path / name, lambda figure: None)
-    assert [path.name for path in tmp_path.iterdir()] == ["old.png"] and (tmp_path / "old.png").read_text() == "the old one"
-
-
-def test_a_picture_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
-    def full(*paths):
-        raise OSError("no space left")
-    monkeypatch.setattr("os.replace", full)
-    (tmp_path / "old.png").write_text("the old one")
-    with pytest.raises(InputError, match="cannot write .*old.png: no space left"):
-        evaluate.write_picture(tmp_path / "old.png", lambda figure: None)
-    assert [path.name for path in tmp_path.iterdir()] == ["old.png"] and (tmp_path / "old.png").read_text() == "the old one"
-
-
-def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
-    model = written(tmp_path / "model.pt", by_hand(x=quarter(0)), budget=0.25)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "matplotlib.style", raising=False)
-    with pytest.raises(InputError, match="pip install matplotlib"):
-        run(monkeypatch, model, "--picture", tmp_path / "p.png")
+@pytest.mark.parametrize("what", ["annotations", "images"])
+def test_damaged_files_are_named_in_one_line_or_read(what, root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng, network, codes = random.Random(what), by_hand(animals=range), []
+    network.remove_domain("shapes")
+    loaded = evaluate.load_model(written("m.pt", network, root))
+    monkeypatch.setattr(evaluate, "load_model", lambda path: loaded)
+    monkeypatch.setattr(ba2ps, "table", functools.cache(ba2ps.table))
+    files = sorted(root.glob("data/*/train/*/*" if what == "images" else "*/animals_train.json"))
+    for _ in range(80):
+        file = rng.choice(files)
+        whole = file.read_bytes()
+        at, tree = rng.randrange(len(whole)), json.loads(whole) if what == "annotations" else None
+        if tree and rng.random() < 0.75:
+            row = rng.choice([tree, *(row for rows in tree.values() for row in rows)])
+            row[rng.choice([*row])] = rng.choice(ODD)
+            file.write_text(json.dumps(tree))
+        else:
+            rest = [b"", whole, rng.randbytes(9) + whole[at + 9:], bytes(99) + whole[at + 99:]]
+            file.write_bytes(whole[:at] + rng.choice(rest))
+        try:
+            run("m.pt", "--split", "train", "--crops", "1", "--results", "r.json")
+            assert json.loads(Path("r.json").read_text())
+            os.remove("r.json")
+        except InputError as error:
+            with pytest.raises(SystemExit, match="2"):
+                evaluate.stop(error)
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and said[:-1].isprintable() and str(root) in said, said
+            codes.append(2)
+        assert {path.name for path in tmp_path.iterdir()} == {"m.pt", "root"} and not [*root.rglob("*.part")]
+        file.write_bytes(whole)
+    assert 30 < len(codes) < 80
