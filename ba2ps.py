@@ -691,7 +691,7 @@ def prune(network, domains=None, keep_source=False):
     Where a layer reads less than the one before it yields, a Select gathers it. Works for all that torch.fx
     can trace, pruned networks too. The source is served no more, unless keep_source: all of it stays then."""
     domains = served(network, domains)
-    if not domains:
+    if not set(domains) - {network.source}:
         raise InputError("nothing to prune: the network has no adapted domain, only a backbone")
     domains = served(network, [network.source]) + domains if keep_source else domains
     for name, on in masks(network, domains).items():
@@ -735,16 +735,17 @@ def writing(path):
 
 def save(path, network, **facts):
     """Write `network` and `facts` (numbers, strings, lists, dicts, tensors) to `path`, all of it or nothing.
-    Of a pruned network: what is left, and in place of the real switches the masks, from which load builds it.
-    """
+    Of a pruned network: what is left in one tensor, and for switches the masks, from which load builds it."""
     if network.depth is None:
         raise ValueError("save is for WideResNet, pruned or not: load would not know how to build another")
     pruned = isinstance(network, GraphNetwork)
-    facts |= {"format": FORMAT, "depth": network.depth, "widen_factor": network.widen_factor,
+    state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+    if pruned:
+        state = {"all": torch.cat([value.flatten() for name, value in state.items()
+                                   if value.is_floating_point() and ".switches." not in name])}
+    facts |= {"format": FORMAT, "depth": network.depth, "widen_factor": network.widen_factor, "state": state,
               "source": network.source, "masks": masks(network) if pruned else None,
-              "num_classes": {domain: linear.out_features for domain, linear in network.classifiers.items()},
-              "state": {name: value.detach().cpu() for name, value in network.state_dict().items()
-                        if not (pruned and ".switches." in name)}}
+              "num_classes": {domain: linear.out_features for domain, linear in network.classifiers.items()}}
     with writing(path) as part:
         torch.save(facts, part)
 
@@ -771,7 +772,14 @@ def load(path):
                 for domain, row in zip(domains, on[name], strict=True):
                     layer.switches[domain] = nn.Parameter(1e-3 * (2.0 * row - 1))
             network = prune(network, domains, keep_source=source in classes)
-            state |= {name: value for name, value in network.state_dict().items() if ".switches." in name}
+            rest, state = state["all"], network.state_dict()
+            for name, value in state.items():
+                number = value.numel() if value.is_floating_point() and value.is_meta else 0
+                state[name] = rest[:number].view(value.shape).clone() if number else value
+                state[name] = torch.zeros_like(value, device="cpu") if state[name].is_meta else state[name]
+                rest = rest[number:]
+            if len(rest):
+                raise ValueError(f"it holds {len(rest)} numbers too many")
         elif source not in classes:
             network.remove_domain(source)
         wanted = network.state_dict()

@@ -468,7 +468,8 @@ def test_damaged_files_end_in_one_line_that_names_the_file_and_run_no_code(tmp_p
     keys = ("format", "source", "num_classes", "depth", "widen_factor", "state")
     wrong = [[1], runs_code, *({k: v for k, v in held.items() if k != key} for key in keys)]
     wrong += [held | {key: value} for key in keys for value in (None, 3.5, 11, [1], {}, runs_code)]
-    name, var = "bn1.d1.running_var", held["state"]["bn1.d1.running_var"]
+    name = "bn1.d1.running_var" if held["masks"] is None else "all"
+    var = held["state"][name]
     for value in (None, "x", var[1:], var[None], var / 0, var * math.nan):
         wrong.append(held | {"state": held["state"] | {name: value}})
     for value in (None, torch.zeros(2, 16) > 0, torch.ones(2, 16) > 0, torch.ones(2, 15) > 0):

@@ -225,8 +225,8 @@ def model(tmp_path_factory):
     content = path.read_bytes()
     path.with_name("flipped.pt").write_bytes(content[:20000] + bytes([content[20000] ^ 1]) + content[20001:])
     whole = torch.load(path.with_name("pruned.pt"), weights_only=True)
-    for part, name in (("state", "conv1.weight"), ("masks", "block1.0.conv1")):
-        damaged = {**whole, part: {**whole[part], name: whole[part][name][:, 1:]}}
+    for part, name in (("state", "all"), ("masks", "block1.0.conv1")):
+        damaged = {**whole, part: {**whole[part], name: whole[part][name][..., 1:]}}
         torch.save(damaged, path.with_name(f"{part}.pt"))
     return path, net
 
@@ -276,9 +276,9 @@ def test_the_exported_file_runs_in_a_fresh_interpreter_with_torch_alone(model, t
 BAD = """none.pt --out OUT: none.pt; MODEL: --out; MODEL --out OUT --rounds 8: --rounds; MODEL --out .: write
 MODEL --out OUT --domains plants: plants; MODEL --out OUT --domain source: nothing to prune
 MODEL --out OUT --domain d0 --keep-source: --keep-source; MODEL --out OUT --export OUT2: --domain
-MODEL --out OUT --domain d0 --export no/m.pt2: no/m.pt2; MODEL --out no/m: no/m
-pruned.pt --out OUT --domains d0: d0; pruned.pt --out OUT --keep-source: source; state.pt --out OUT: state.pt
-backbone.pt --out OUT: backbone.pt; factless.pt --out OUT: factless.pt; masks.pt --out OUT: masks.pt; flipped.pt --out OUT: flipped.pt"""
+MODEL --out OUT --domain d0 --export no/m.pt2: no/m.pt2; MODEL --out no/m: no/m; state.pt --out OUT: state.pt
+pruned.pt --out OUT --domains d0: d0; pruned.pt --out OUT --keep-source: source; masks.pt --out OUT: masks.pt
+backbone.pt --out OUT: backbone.pt; factless.pt --out OUT: factless.pt; flipped.pt --out OUT: flipped.pt"""
 
 
 @pytest.mark.parametrize("line", BAD.replace("\n", "; ").split("; "))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The toy decathlon: five domains drawn from a seed, laid out as the Visual Decathlon is; `shapes` is the source.
+"""The toy decathlon: five domains drawn from a seed, laid out as the Visual Decathlon; shapes is the source.
 
   python tests/toy.py DIR          # 6,471 images with a shorter side of 36 pixels; DIR must not exist
 """
