@@ -354,8 +354,8 @@ def at_least(least, most=10**9):
 
 
 def stop(message):
-    """End the script: the last line of `message` (what comes before is a worker's traceback), exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {repr(str(message).splitlines()[-1])[1:-1]}", file=sys.stderr)
+    line = repr(str(message).strip().rpartition("InputError: ")[2])[1:-1]  # no worker's traceback, one line
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -435,7 +435,7 @@ def main():
     else:
         print(f"{paths[0]} on {report['split']}, budget {report['budget']} of {report['budget_of']}")
         show([{"": domain, **row} for domain, row in report["domains"].items()])
-        show([{"": key, " ": value} for key, value in report.items() if key != "domains"])
+        show([{"": key, " ": row} for key, row in report.items() if key != "domains" and row is not None])
     for file, content in ((args.results, results), (args.json, report)):
         if file:
             write_json(file, content)

@@ -92,8 +92,6 @@ def test_scores_of_the_papers_rows(budget, monkeypatch):
     assert report["mean_accuracy"] == pytest.approx(sum(accuracies[1:]) / 9)
     alone = evaluate.measure(network, FACTS, dict(zip(TEN[1:], accuracies[1:])), "test")
     assert alone["s_score"] < s - 200 and alone["mean_accuracy_with_source"] is None
-    unknown = evaluate.measure(network, FACTS, dict(zip(TEN[:-1], accuracies)), "test")
-    assert unknown["mean_accuracy"] is unknown["s_score"] is unknown["s_o"] is None
     for more, over in ((-1e-4, TEN[1:]), (-1e-7, []), (1e-4, [])):  # by a switch, not by rounding
         report = evaluate.measure(network, FACTS | {"budget": min(1, complexity + more)}, {}, "test")
         assert report["over_budget"] == over
@@ -104,8 +102,8 @@ def test_labels_come_from_category_ids_whatever_the_folders_and_the_order(root):
     images = images_of(root, "train", "val")
     assert images.record["classes"] == ["emu", "cat", "dog"] and images.record["category_ids"] == [7, 17, 27]
     assert images.labelled and len(images) == 12
-    for i, (number, path) in enumerate(zip(images.ids, images.paths, strict=True)):
-        assert (images[i][0][0, 0, 0] - 30) // 80 == [2, 0, 1][images[i][1]] and str(number) in path
+    for i, path in enumerate(images.paths):
+        assert (images[i][0][0, 0, 0] - 30) // 80 == [2, 0, 1][images[i][1]] and str(images.ids[i]) in path
     test = images_of(root, "test", record=images.record)
     assert not test.labelled and test[0][1] == -1 and len(test.ids) == 6
     with pytest.raises(InputError, match="animals_val.json: the categories are not those"):
@@ -150,19 +148,18 @@ def test_the_second_time_nothing_is_decoded_and_pixels_are_mapped(root, tmp_path
     first, other = pixels_of(images_of(root)), draw(tmp_path / "other/root")
     file, = (root / "cache").iterdir()
     assert re.fullmatch("animals-train-36-[0-9a-f]{16}.pixels", file.name) and file.stat().st_size == 23_376
-    for place in (root, other):  # every root has its own folder elsewhere
-        images_of(place, cache=tmp_path / "elsewhere").decode()
+    images_of(root, cache=tmp_path / "elsewhere").decode()
+    images_of(other, cache=tmp_path / "elsewhere").decode()  # every root has its own folder there
     assert len([*(tmp_path / "elsewhere").glob("root-*/*")]) == 2 and not (other / "cache").exists()
     monkeypatch.setattr(evaluate.Images, "read", lambda self, path: pytest.fail("an image is decoded"))
-    images = images_of(root, "train", "train")  # a file for each split
-    assert pixels_of(images) == first + first
     assert pixels_of(images_of(root, cache=tmp_path / "elsewhere")) == first
+    assert pixels_of(images := images_of(root, "train", "train")) == first + first  # a file for each split
     with open(file, "r+b") as mapped:
         mapped.write(b"\x07")
     assert images[0][0][0, 0, 0] == 7
 
 
-def test_worker_processes_give_the_same_pixels_and_leave_the_runs_randomness_alone(tmp_path):
+def test_worker_processes_give_the_same_pixels_and_leave_the_runs_randomness_alone(tmp_path, capsys):
     root = draw(tmp_path / "root", (90, 1, 1))  # enough for a worker process
     for i, path in enumerate(images_of(root).paths):
         Image.new("RGB", (36 + i % 3, 40 - i % 5), (i % 256, 3 * i % 256, 7)).save(path)
@@ -171,7 +168,9 @@ def test_worker_processes_give_the_same_pixels_and_leave_the_runs_randomness_alo
     assert one == other and len(one) == 270 and before.equal(torch.get_rng_state())
     with open(images_of(root).paths[77], "wb"), pytest.raises(InputError) as error:
         images_of(root).decode(1)
-    assert images_of(root).paths[77] in str(error.value).splitlines()[-1]
+    with pytest.raises(SystemExit):
+        evaluate.stop(error.value)
+    assert capsys.readouterr().err.split(": ")[1] == f"{images_of(root).paths[77]} cannot be read"
 
 
 @pytest.mark.parametrize("change", ["time", "size", "order", "crop"])
@@ -190,7 +189,6 @@ def test_the_cache_is_made_anew_when_its_source_changed_and_the_old_one_goes(roo
         write(paths[2], 99, *((36, 8) if change == "time" else (40, 7)))
     after, fresh = (pixels_of(images_of(root, size=size, cache=place)) for place in (None, root / "fresh"))
     assert after == fresh != before and old.exists() == (change == "crop")
-    assert len([*(root / "cache").iterdir()]) == size // 32
 
 
 @pytest.mark.parametrize("damage", [
@@ -207,15 +205,17 @@ def test_a_stopped_build_leaves_nothing_and_a_root_that_cannot_be_written_needs_
     read, seen = evaluate.Images.read, []
     def stopped(self, path):
         seen.extend((root / "cache").iterdir())
-        return read(self, path) if len(seen) < 4 else os.kill(os.getpid(), 2)  # SIGINT
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return read(self, path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(evaluate.Images, "read", stopped)
         images_of(root).decode()
     assert {path.suffix for path in seen} == {".part"} and not [*(root / "cache").iterdir()]
     monkeypatch.setattr(os, "access", lambda path, mode: False)
+    images_of(root, cache=root / "elsewhere")
     with pytest.raises(InputError, match="root cannot be written: give --cache DIR"):
         images_of(root)
-    images_of(root, cache=root / "elsewhere").decode()
 
 
 class Given(evaluate.Images):
@@ -270,7 +270,7 @@ def written(path, network, data=None, **facts):
     made_up = {"classes": [*"abc"], "category_ids": [1, 2, 3], "mean": [.5] * 3, "std": [.3] * 3, "mirror": 0}
     records = {domain: evaluate.Images(data, domain, ["train"], 32).decode().record if data else made_up
                for domain in network.classifiers}
-    arguments = {"data": str(data), "cache": None, "recipe": "paper", "sharing": 1.0, "independent": False}
+    arguments = {"data": str(data), "cache": f"{path}s", "recipe": "paper", "independent": False}
     ba2ps.save(path, network, **{**FACTS, "domains": records, "arguments": arguments, **facts})
     return path
 
@@ -320,11 +320,12 @@ def test_a_report_is_that_of_its_parts_on_the_data_of_the_training(model, decath
     assert report["s_score"] == pytest.approx((strokes**2 + textures**2) / 10)  # E_max is 1
     keys = ("budget_of", "source", "over_budget", "source_accuracy", "params")
     assert [report[key] for key in keys] == ["layers", "shapes", ["strokes"], source, ba2ps.params(network)]
+    assert Path(f"{model}s").is_dir()  # the cache of the training
     rows = json.loads(Path("results.json").read_text())
     assert {row["image_id"]: row["category_id"] for row in rows} == guesses
     without = report_of(model, "--skip-source", "--data", decathlon)
     assert without["source_accuracy"] is None and without["domains"] == report["domains"]
-    test = report_of(model, "--split", "test", "--results", "results.json", "--crops", "1")
+    test = report_of(model, "--split", "test", "--results", "results.json")
     assert test["mean_accuracy"] is None and len(json.loads(Path("results.json").read_text())) == 11
 
 
@@ -347,8 +348,7 @@ def test_table_3_counted_by_hand_masked_and_pruned(tmp_path, monkeypatch):
         for row, (eight, ninth, most) in zip(report["shared"], expected.values()):
             assert row["shared_sparsity"] == pytest.approx((8 * eight / 16 + ninth / 32) / 9)
             assert row["max_shared_sparsity"] == most == 1 - max(row["budgets"])
-        own = [row["sparsity_all"] for row in report["models"]]
-        assert own == pytest.approx([(8 * 12 / 16 + 30 / 32) / 9, 8 / 16, 6 / 16])
+        assert [row["sparsity_all"] for row in report["models"]] == pytest.approx([37 / 48, 1 / 2, 3 / 8])
 
 
 @pytest.mark.parametrize("used, shares", [  # the quarters that are used; the areas of USED
@@ -364,7 +364,7 @@ def test_the_area_of_each_colour_is_the_share_of_channels(used, shares, tmp_path
     kinds = np.stack([(pixels == [*colour]).all(2) for colour in colours])
     np.testing.assert_allclose(kinds.sum((1, 2)) / kinds.sum(), shares, atol=0.02)  # the legend has some too
     assert pixels.shape[1] == 1800
-    assert all((edge == 255).all() for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]))
+    assert all((edge == 255).all() for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -7:]))
 
 
 def test_measures_are_drawn_against_beta_through_the_means_of_seeds():
@@ -377,20 +377,20 @@ def test_measures_are_drawn_against_beta_through_the_means_of_seeds():
 
 
 @pytest.mark.parametrize("words, named", [
-    ("none.pt", "none.pt"), ("", "give a model"), ("--compare MODEL", "two or more"), ("bare.pt", "bare.pt"),
-    ("MODEL --data nowhere", "nowhere"), ("MODEL --baseline MODEL", "model.pt"), ("gone.pt", "give --data"),
-    ("MODEL --json no/where.json", "no/where"), ("MODEL --workers -1", "--workers"), ("odd.pt", "strokes"),
-    ("MODEL --no-mirror plants", "plants"), ("MODEL --picture p.jpg", "p.jpg"),
-    ("MODEL --device toaster", "--device toaster"), ("--compare MODEL wide.pt", "WRN-10-1 and WRN-10-2"),
-    ("MODEL --cache MODEL", "model.pt"), ("--compare MODEL gone.pt --results r.json", "--results")])
+    ("", "give a model"), ("--compare MODEL", "two or more"), ("bare.pt", "bare.pt"), ("gone.pt", "--data"),
+    ("odd.pt", "record of strokes"), ("few.pt", "record of strokes"), ("MODEL --baseline MODEL", "model.pt"),
+    ("MODEL --json no/r", "no/r"), ("MODEL --workers -1", "--workers"), ("MODEL --cache MODEL", "model"),
+    ("MODEL --no-mirror x", "x"), ("MODEL --picture p.jpg", "p.jpg"), ("MODEL --device toaster", "toaster"),
+    ("--compare MODEL wide.pt", "10-1 and WRN-10-2"), ("--compare MODEL gone.pt --results r", "--results")])
 def test_bad_flags_and_models_end_in_one_line(words, named, model, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     network, facts = ba2ps.load(model)
     written(tmp_path / "bare.pt", by_hand())
     written(tmp_path / "wide.pt", by_hand(widen_factor=2, strokes=range))
     ba2ps.save("gone.pt", network, **{**facts, "arguments": {"data": "nowhere"}})
-    facts["domains"]["strokes"]["std"][1] = 0.0
-    ba2ps.save("odd.pt", network, **facts)
+    for name, key, value in (("odd.pt", "std", [1.0, 0.0, 1.0]), ("few.pt", "category_ids", [1, 2])):
+        record = facts["domains"]["strokes"] | {key: value}
+        ba2ps.save(name, network, **facts | {"domains": facts["domains"] | {"strokes": record}})
     refused("evaluate.py", *[model if word == "MODEL" else word for word in words.split()], named=named)
     assert {path.suffix for path in tmp_path.iterdir()} == {".pt"}
 
@@ -404,7 +404,7 @@ def test_damaged_files_are_named_in_one_line_or_read(what, root, tmp_path, monke
     monkeypatch.setattr(evaluate, "load_model", lambda path: loaded)
     monkeypatch.setattr(ba2ps, "table", functools.cache(ba2ps.table))
     files = sorted(root.glob("data/*/train/*/*" if what == "images" else "*/animals_train.json"))
-    for _ in range(80):
+    for _ in range(150):
         file = rng.choice(files)
         whole = file.read_bytes()
         at, tree = rng.randrange(len(whole)), json.loads(whole) if what == "annotations" else None
@@ -417,14 +417,14 @@ def test_damaged_files_are_named_in_one_line_or_read(what, root, tmp_path, monke
             file.write_bytes(whole[:at] + rng.choice(rest))
         try:
             run("m.pt", "--split", "train", "--crops", "1", "--results", "r.json")
-            assert json.loads(Path("r.json").read_text())
-            os.remove("r.json")
+            Path("r.json").unlink()
         except InputError as error:
             with pytest.raises(SystemExit, match="2"):
                 evaluate.stop(error)
             said = capsys.readouterr().err
             assert said.count("\n") == 1 and said[:-1].isprintable() and str(root) in said, said
             codes.append(2)
-        assert {path.name for path in tmp_path.iterdir()} == {"m.pt", "root"} and not [*root.rglob("*.part")]
+        assert {path.name for path in tmp_path.iterdir()} <= {"m.pt", "m.pts", "root"}
+        assert not [*tmp_path.rglob("*.part")]
         file.write_bytes(whole)
-    assert 30 < len(codes) < 80
+    assert 50 < len(codes) < 150
