@@ -772,14 +772,13 @@ def load(path):
                 for domain, row in zip(domains, on[name], strict=True):
                     layer.switches[domain] = nn.Parameter(1e-3 * (2.0 * row - 1))
             network = prune(network, domains, keep_source=source in classes)
-            rest, state = state["all"], network.state_dict()
-            for name, value in state.items():
-                number = value.numel() if value.is_floating_point() and value.is_meta else 0
-                state[name] = rest[:number].view(value.shape).clone() if number else value
-                state[name] = torch.zeros_like(value, device="cpu") if state[name].is_meta else state[name]
-                rest = rest[number:]
-            if len(rest):
-                raise ValueError(f"it holds {len(rest)} numbers too many")
+            left, state = network.state_dict(), state["all"]
+            floats = {name: value for name, value in left.items()
+                      if value.is_meta and value.is_floating_point()}
+            parts = state.split([value.numel() for value in floats.values()])
+            state = {name: torch.zeros_like(value, device="cpu") if value.is_meta else value
+                     for name, value in left.items()}
+            state |= {name: part.view_as(value).clone() for part, (name, value) in zip(parts, floats.items())}
         elif source not in classes:
             network.remove_domain(source)
         wanted = network.state_dict()

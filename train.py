@@ -116,7 +116,7 @@ def schedule(name, sizes, batch_size, order):
 
 def report(network, domains, val, args, run, epoch, losses, switches):
     """One line on the screen and a row per domain in the log; accuracies are those of the centre crop."""
-    total = torch.tensor(list(losses.values()))
+    total = torch.tensor(list(losses.values()), device=args.device)
     if processes()[1] > 1:
         dist.all_reduce(total)
     if processes()[0]:
@@ -203,7 +203,7 @@ def sum_gradients(network):
     """Add up the gradients of the processes; those of the switches' losses are in rows, alike in each."""
     if processes()[1] > 1:
         parameters = list(network.parameters())
-        there = torch.tensor([float(p.grad is not None) for p in parameters])
+        there = parameters[0].new_tensor([float(p.grad is not None) for p in parameters])
         dist.all_reduce(there)  # a process without an image of a domain has no gradient of what it owns
         for p in [p for p, number in zip(parameters, there.tolist()) if number]:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
