@@ -66,6 +66,10 @@ class SwitchedConv2d(nn.Conv2d):
     def add_domain(self, domain, start=1e-3):
         self.switches[domain] = nn.Parameter(self.weight.new_full((self.in_channels,), start))
 
+    def read(self, domain):
+        """(C_in,) bool, on the CPU: the channels that `domain` reads; one without switches reads all."""
+        return self.switches[domain].detach().cpu() > 0 if domain in self.switches else self.kept[self.kept]
+
     def forward(self, x, domain=None):
         if domain in self.switches:
             x = x * binarize(self.switches[domain]).to(x.dtype).view(-1, 1, 1)
@@ -388,11 +392,11 @@ class Switches:
                 part.grad = None
         optimizer.step()
         optimizer.zero_grad()  # to None: Adam's momentum does not move the domains of other batches
-        for domain in self.moving:
-            parts = self.rows[domain].split(self.widths)
-            strongest = torch.stack([part.amax() for part in parts])
-            for layer in (strongest <= 0).nonzero().flatten().tolist():
-                parts[layer][parts[layer].argmax()] = 1e-6  # no layer may cut a domain's network in two
+        moved = torch.stack([self.rows[domain] for domain in self.moving])                           # (N, M)
+        strongest = torch.stack([layer.amax(1) for layer in moved.split(self.widths, 1)], 1)         # (N, L)
+        for n, layer in (strongest <= 0).nonzero().tolist():  # no layer may cut a domain's network in two
+            part = self.rows[self.moving[n]].split(self.widths)[layer]
+            part[part.argmax()] = 1e-6
         for domain, use in self.usage.items():
             self.prices[domain] = max(0.0, self.prices[domain] + self.rate * (use - self.budget))
 
@@ -455,7 +459,6 @@ def served(network, domains=None):
     return list(domains)
 
 
-@torch.no_grad()
 def masks(network, domains=None):
     """{layer: (N, C) bool, on the CPU}: which of the backbone's C input channels each of `domains` reads.
     domains: default all adapted ones; the source, if it is named, reads all. What is pruned away is off."""
@@ -463,7 +466,7 @@ def masks(network, domains=None):
     for name, layer in switched_layers(network).items():
         result[name] = torch.zeros(len(domains), len(layer.kept), dtype=torch.bool)
         for row, domain in zip(result[name], domains):
-            row[layer.kept] = (layer.switches[domain] > 0).cpu() if domain in layer.switches else True
+            row[layer.kept] = layer.read(domain)
     return result
 
 
@@ -540,8 +543,9 @@ def macs(network, domains=None, image_size=64):
     """Multiply-accumulates of the convolutions for one crop, with the input channels that `domains` read.
     [domain]: the complexity of that domain; None: the backbone's. As in the paper every filter counts;
     batch-norm (0.3% of WRN-28-4) and classifiers do not."""
-    left = 1 if domains is None else share(network, domains, "macs", image_size)
-    return round(left * sum(table(network, image_size).values()))
+    read = {} if domains is None else masks(network, domains)
+    return round(sum(value * (read[name].any(0).double().mean().item() if name in read else 1)
+                     for name, value in table(network, image_size).items()))
 
 
 # -------- 6  Pruning: from the last layer back to the first, who reads which channel ------------------------
@@ -591,8 +595,7 @@ def reads(network, node, live, domains):
     """Mask (C,) of what `node` reads of its operands if the channels `live` of its own are read, or ALL."""
     layer = layer_of(network, node)
     if isinstance(layer, SwitchedConv2d):
-        on = [layer.switches[d].cpu() > 0 if d in layer.switches else layer.kept[layer.kept] for d in domains]
-        return torch.stack(on).any(0)
+        return torch.stack([layer.read(domain) for domain in domains]).any(0)
     if isinstance(layer, DomainLinear):
         return torch.ones(next(iter(layer.values())).in_features, dtype=torch.bool)
     if isinstance(layer, Select):
@@ -755,8 +758,8 @@ def load(path):
     No code in the file is run (weights_only=True), and its checksums are compared."""
     with reading(path):
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError(f"the checksum of {archive.testzip()} is wrong")
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
         facts = torch.load(path, map_location="cpu", weights_only=True)
         if facts.pop("format", None) != FORMAT:
             raise ValueError("no checkpoint of this version: give one of train.py or prune.py")

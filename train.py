@@ -14,7 +14,6 @@ import argparse
 import copy
 import csv
 import datetime
-import io
 import math
 import os
 import sys
@@ -395,7 +394,8 @@ def main():
             raise InputError(f"--{name.replace('_', '-')} {wanted}: {given} has {value}")
 
     # everything is looked at before the first step is taken
-    annotated = sorted(path.name[:-11] for path in Path(args.data, "annotations").glob("*_train.json"))
+    files = Path(args.data, "annotations").glob("*_train.json")
+    annotated = sorted(path.name.removesuffix("_train.json") for path in files)
     domains = args.domains or [domain for domain in annotated if domain != args.source]
     if not domains or len({*domains, args.source}) <= len(domains):
         raise InputError(f"--domains {' '.join(domains)}: name some of {args.data} once, not {args.source}")
