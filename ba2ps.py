@@ -16,9 +16,11 @@ Equations and tables are those of [1], "the paper". Eq. 6, the score S, is in ev
 """
 import contextlib
 import copy
+import inspect
 import math
 import operator
 import os
+import warnings
 import zipfile
 
 import torch
@@ -86,7 +88,7 @@ class DomainModules(nn.ModuleDict):
 
 
 class DomainBatchNorm2d(DomainModules):
-    """One nn.BatchNorm2d per domain, affine and running statistics; forward(x, domain), x: (B, C, H, W)."""
+    """One batch-norm per domain, affine and running statistics; forward(x, domain), x: (B, C, H, W)."""
 
     def __init__(self, num_features, domains=()):
         super().__init__({domain: nn.BatchNorm2d(num_features) for domain in domains})
@@ -94,9 +96,10 @@ class DomainBatchNorm2d(DomainModules):
 
     def add_domain(self, domain, like):
         """A new domain's batch-norm starts as a copy of that of the domain `like`."""
-        norm = self[like]
-        self[domain] = type(norm)(norm.num_features, norm.eps, norm.momentum).to(norm.weight)
-        self[domain].train(norm.training).load_state_dict(norm.state_dict())
+        norm, state = self[like], self[like].state_dict()
+        self[domain] = type(norm)(norm.num_features, norm.eps, norm.momentum, norm.affine,
+                                  norm.track_running_stats).to(next(iter(state.values()), None))
+        self[domain].train(norm.training).load_state_dict(state)
 
 
 class DomainLinear(DomainModules):
@@ -104,13 +107,16 @@ class DomainLinear(DomainModules):
 
     def add_domain(self, domain, num_classes):
         like = next(iter(self.values()))
-        self[domain] = nn.Linear(like.in_features, num_classes).to(like.weight)
+        self[domain] = nn.Linear(like.in_features, num_classes, like.bias is not None).to(like.weight)
 
 
 # -------- 2  The network (Eq. 1): what is shared and frozen, and what a domain owns -------------------------
 
 class MultiDomain:
-    """A mix-in for a module with a DomainLinear. `source`: the domain that the backbone was trained on."""
+    """A mix-in for a module with a DomainLinear. source: the domain that the backbone was trained on; name,
+    options: what load builds the backbone from; image: (channels, size) of images that it can read."""
+
+    options, image, pruned = None, (3, 64), False
 
     @property
     def classifiers(self):
@@ -127,18 +133,18 @@ class MultiDomain:
                 if isinstance(module, (SwitchedConv2d, DomainModules))]
 
     def add_domain(self, domain, num_classes):
-        """Give `domain` its switches, batch-norm (a copy of the source's) and a fresh linear classifier."""
+        """Give `domain` its switches, a fresh linear classifier and a copy of the source's batch-norm, or,
+        if the source is pruned away, of the first domain's."""
         if domain in self.classifiers:
             raise InputError(f"domain {domain} is there already: give each domain once, and not the source")
-        if self.source not in self.classifiers:
-            raise InputError(f"domain {domain} cannot be added: the source it starts from is pruned away")
+        like = self.source if self.source in self.classifiers else self.domains[0]
         if not domain or "." in domain or any(hasattr(part, domain) for part in self.parts()):
             raise InputError(f"domain name {domain!r} cannot name a part of a torch module: rename it")
         for module in self.modules():
             if isinstance(module, SwitchedConv2d):
                 module.add_domain(domain)
             elif isinstance(module, DomainBatchNorm2d):
-                module.add_domain(domain, like=self.source)
+                module.add_domain(domain, like)
             elif isinstance(module, DomainLinear):
                 module.add_domain(domain, num_classes)
 
@@ -146,6 +152,11 @@ class MultiDomain:
         served(self, [domain])
         for part in [part for part in self.parts() if domain in part]:
             del part[domain]
+
+    def owned_parameters(self, domains=None):
+        """Those of the batch-norm and classifiers of `domains` (default: all adapted ones), for SGD."""
+        return [p for module in self.modules() if isinstance(module, DomainModules)
+                for domain in served(self, domains) for p in module[domain].parameters()]
 
     def freeze_backbone(self):
         """Stop the gradient of all that no adapted domain owns: what is shared, and what is the source's."""
@@ -192,7 +203,7 @@ class WideResNet(MultiDomain, nn.Module):
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise InputError(f"depth {depth} is no wide residual network: take 6n + 4 (10, 16, 22, 28, ...)")
-        self.depth, self.widen_factor, self.source = depth, widen_factor, source
+        self.name, self.source = f"WRN-{depth}-{widen_factor}", source
         planes = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
 
         def group(in_planes, out_planes):
@@ -220,60 +231,222 @@ class WideResNet(MultiDomain, nn.Module):
 
 
 class Tracer(fx.Tracer):
+    """Follows a forward. What it hands on of self.training is asked anew at every call; what it decides by
+    it is decided as in evaluation."""
+
+    def trace(self, root, concrete_args=None):
+        nn.Module.training = property(lambda module: self.create_proxy("get_attr", "training", (), {}))
+        try:
+            return super().trace(root, concrete_args)
+        finally:
+            del nn.Module.training  # every module has its own again
+
+    def to_bool(self, proxy):
+        return False if proxy.node.target == "training" else super().to_bool(proxy)
+
     def is_leaf_module(self, module, name):
         own = isinstance(module, (SwitchedConv2d, DomainModules, Select))
-        return own or super().is_leaf_module(module, name)
+        bare = not [*module.children(), *module.parameters(), *module.buffers()]  # as stochastic depth
+        return own or bare or super().is_leaf_module(module, name)
 
 
 class GraphNetwork(MultiDomain, fx.GraphModule):
     """A network of many domains given by its graph, what add_switches and prune return."""
 
-    def __init__(self, modules, graph, like, source):
+    def __init__(self, modules, graph, like, pruned):
         super().__init__(modules, graph)
-        self.source = source
-        self.depth, self.widen_factor = getattr(like, "depth", None), getattr(like, "widen_factor", None)
+        self.source, self.name, self.options, self.image = like.source, like.name, like.options, like.image
+        self.pruned = pruned  # whether channels are gone
         self.train(like.training)
 
     def __deepcopy__(self, memo):  # GraphModule's own forgets the attributes
-        return GraphNetwork(super().__deepcopy__(memo), copy.deepcopy(self.graph), self, self.source)
+        return GraphNetwork(super().__deepcopy__(memo), copy.deepcopy(self.graph), self, self.pruned)
 
 
-def add_switches(network, domains, source="imagenet"):
+def add_switches(network, domains, source="imagenet", image_size=224, name=None, options=None):
     """A copy of a plain, trained `network` (of torch.nn layers, such as torchvision's) with switches.
-    Every nn.Conv2d but those that read the image becomes a SwitchedConv2d, every nn.BatchNorm2d a
-    DomainBatchNorm2d and the last nn.Linear the DomainLinear; grouped convolutions stay plain. domains:
-    {name: number of classes}. torch.fx must be able to follow its forward, which becomes forward(x, domain).
-    """
-    graph, network = Tracer().trace(network), copy.deepcopy(network)
-    names = [node.target for node in graph.nodes if node.op == "call_module"]
-    modules = {name: network.get_submodule(name) for name in names}
-    image = next(iter(graph.nodes))
+    Every nn.Conv2d but those that read the image becomes a SwitchedConv2d, every batch-norm a
+    DomainBatchNorm2d, the last nn.Linear the DomainLinear; all else is shared and frozen, also grouped
+    convolutions. Without batch-norm a domain owns switches and classifier alone; a warning says so. domains:
+    {name: number of classes}. Its forward, which torch.fx must be able to follow, becomes forward(x, domain).
+    InputError unless it gives `source` what `network` gives, on random images of `image_size`."""
+    kind, plain, network = type(network).__name__, network, copy.deepcopy(network)
+    try:
+        graph = Tracer().trace(network)
+    except Exception as error:
+        raise InputError(f"{kind}: torch.fx cannot follow its forward: {one_line(error)}") from None
+    write_out_of_place(network, graph)
+    image, parts = next(iter(graph.nodes)), {
+        node.target: operator.attrgetter(node.target)(network) for node in graph.nodes
+        if node.op in ("call_module", "get_attr")}
+    learned = [node.target for node in graph.nodes if node.op == "call_module"
+               and next(parts[node.target].parameters(), None) is not None]
+    odd = [name for name, layer in network.named_modules()
+           if isinstance(layer, nn.Conv2d) and type(layer) is not nn.Conv2d]
+    for key in (*odd, *(key for key in learned if learned.count(key) > 1)):
+        raise InputError(f"{kind}: {key} " + ("is a subclass of nn.Conv2d: only that itself can have switches"
+                         if key in odd else "is called twice: every call needs a layer of its own"))
+    if not learned or not isinstance(parts[learned[-1]], nn.Linear):
+        raise InputError(f"{kind}: its last layer must be an nn.Linear, which every domain has its own of")
     with graph.inserting_after(image):
         domain = graph.placeholder("domain")
-    last = [name for name, module in modules.items() if isinstance(module, nn.Linear)][-1]
-    for node in graph.nodes:
-        layer = modules.get(node.target) if node.op == "call_module" else None
-        if node.target is operator.iadd:  # pruning may make what it writes into a part of something larger
-            node.target = operator.add
-        elif isinstance(layer, nn.ReLU):
-            layer.inplace = False
-        if isinstance(layer, nn.Conv2d) and layer.groups == 1 and image not in node.all_input_nodes:
-            switched = modules[node.target] = SwitchedConv2d(
+    raw, stems = {image}, []  # raw: what is made of the image by no layer but batch-norm
+    for node in [node for node in graph.nodes if node is not domain]:
+        key, layer = node.target, parts.get(node.target) if node.op == "call_module" else None
+        is_norm, reads_image = isinstance(layer, nn.modules.batchnorm._BatchNorm), raw.issuperset(node.all_input_nodes)
+        if reads_image and (is_norm or key not in learned):
+            raw.add(node)
+        if isinstance(layer, nn.Conv2d) and reads_image:
+            stems.append(layer)
+        elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
+            parts[key] = SwitchedConv2d(
                 layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                layer.dilation, bias=layer.bias is not None, padding_mode=layer.padding_mode)
-            switched.weight, switched.bias = layer.weight, layer.bias
-        elif isinstance(layer, nn.BatchNorm2d):
-            modules[node.target] = DomainBatchNorm2d(layer.num_features)
-            modules[node.target][source] = layer
-        elif node.target == last:
-            modules[node.target] = DomainLinear({source: layer})
+                layer.dilation, bias=layer.bias is not None, padding_mode=layer.padding_mode, device="meta")
+            parts[key].weight, parts[key].bias = layer.weight, layer.bias
+        elif is_norm:
+            parts[key] = DomainBatchNorm2d(layer.num_features)
+            parts[key][source] = layer
+        elif key == learned[-1]:
+            parts[key] = DomainLinear({source: layer})
+        if isinstance(parts.get(key), (SwitchedConv2d, DomainModules)):
+            node.args = (*node.args, domain)
+    if not any(isinstance(part, SwitchedConv2d) for part in parts.values()):
+        raise InputError(f"{kind}: no nn.Conv2d reads the channels of another: there is nothing to switch")
+    if not any(isinstance(part, DomainBatchNorm2d) for part in parts.values()):
+        warnings.warn(f"{kind} has no batch-norm: a domain owns its switches and its classifier alone")
+    network.name, network.options, network.source = name or kind, options, source
+    network.image = stems[0].in_channels, image_size
+    result = GraphNetwork(parts, graph, network, False)
+    try:
+        select_moves(result)
+        check_source(plain, result)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{kind} cannot run on {image_size} pixels: {one_line(error)}") from None
+    for new, number in domains.items():
+        result.add_domain(new, number)
+    return result
+
+
+IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+            operator.itruediv: operator.truediv}
+
+
+def write_out_of_place(network, graph):
+    """Let no node change what it reads: what reads that later reads what the node yields instead. Pruning may
+    copy channels in between, or make what is written into a part of something larger."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        layer, name, call = layer_of(network, node), getattr(node.target, "__name__", node.target), None
+        if node.op == "call_function" and getattr(node.target, "__module__", None) == F.__name__:
+            call = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        if getattr(layer, "inplace", False):
+            layer.inplace = False
+        elif call and call.arguments.get("inplace"):
+            call.arguments["inplace"] = False
+            node.args, node.kwargs = call.args, call.kwargs
+        elif node.target in IN_PLACE:
+            node.target = IN_PLACE[node.target]
+        elif node.op == "call_method" and name.endswith("_") and hasattr(torch.Tensor, name[:-1]):
+            node.target = name[:-1]
+        elif node.op == "call_function" and name.endswith("_") and hasattr(F, name[:-1]):
+            node.target = getattr(F, name[:-1])
         else:
             continue
-        node.args = (*node.args, domain)
-    result = GraphNetwork(modules, graph, network, source)
-    for name, number in domains.items():
-        result.add_domain(name, number)
-    return result
+        node.args[0].replace_all_uses_with(node, lambda user: place[user] > place[node])
+
+
+class Recorder(fx.Interpreter):
+    """Keeps in node.meta["value"] what a node yields on the meta device: a shape, or a number."""
+
+    def run_node(self, node):
+        node.meta["value"] = super().run_node(node)
+        return node.meta["value"]
+
+
+def record(network, graph):
+    (channels, size), meta = network.image, copy.deepcopy(network).to("meta").eval()
+    images = next(meta.parameters()).new_zeros(2, channels, size, size)
+    Recorder(meta, graph=graph).run(images, next(iter(network.classifiers)))
+    return meta
+
+
+def compute(network, node, values):
+    """What `node`, which holds no weights, makes of `values`, a function of its operands."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values)
+    if node.op == "call_method":
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    return (layer_of(network, node) or node.target)(*args, **kwargs)
+
+
+def select_moves(network):
+    """Replace what only moves channels (a chunk, a slice, a shuffle by views) by a Select of them. It is found
+    by numbering the values of a tensor: the numbers that come out tell which channels these are."""
+    graph, numbers = network.graph, {}  # {node: (root, which values of the root it has)}
+    record(network, graph)
+    for node in list(graph.nodes):
+        value, inputs = node.meta["value"], [operand for operand in operands_of(node) if operand in numbers]
+        if isinstance(value, torch.Tensor):
+            numbers[node] = node, -1 - torch.arange(value.numel(), dtype=torch.double).view(value.shape)
+        if len(inputs) != 1 or node.op not in ("call_function", "call_method"):
+            continue
+        root, before = numbers[inputs[0]]
+        moved = compute(network, node, lambda n: before if n is inputs[0] else n.meta["value"])
+        if isinstance(moved, torch.Tensor):
+            same = isinstance(before, torch.Tensor) and moved.shape == before.shape and moved.equal(before)
+            if same and node.target != "contiguous" or moved.max() >= 0 or (
+                    len(moved.unique()) < moved.numel() or (moved % 1).any()):
+                continue  # not all that comes out are values of the root, each once: it computes
+        if isinstance(moved, (torch.Tensor, tuple, list)):
+            numbers[node] = root, moved
+        whole = numbers[root][1]
+        if isinstance(moved, torch.Tensor) and moved.dim() > 1 and moved[:, 0].shape == whole[:, 0].shape:
+            place = {number: c for c, number in enumerate(whole[0].flatten(1)[:, 0].tolist())}
+            index = torch.tensor([place.get(row, 0) for row in moved[0].flatten(1)[:, 0].tolist()])
+            if moved.equal(whole[:, index]):
+                network.add_module(f"select_{len(numbers)}", Select(index, len(place)))
+                with graph.inserting_after(node):
+                    chosen = graph.call_module(f"select_{len(numbers)}", (root,))
+                node.replace_all_uses_with(chosen)
+                numbers[chosen], chosen.meta["value"] = numbers[node], value
+    graph.eliminate_dead_code()
+    network.recompile()
+
+
+@torch.no_grad()
+def check_source(plain, network):
+    """InputError, with the layer where it begins, unless the source gets what `plain` computes, in training
+    too, and unless all that changes in training without a gradient is a domain's own."""
+    (channels, size), weight = network.image, next(plain.parameters())
+    images = torch.randn(2, channels, size, size).to(weight)
+    for mode in ("evaluation", "training") if not weight.is_meta else ():
+        seen = []
+        for net, words in ((plain, ()), (network, (network.source,))):
+            net = copy.deepcopy(net).train(mode == "training")
+            seen.append({})
+
+            def keep(module, inputs, y, names={module: name for name, module in net.named_modules()}, its=seen[-1]):
+                its.setdefault(names[module], copy.deepcopy(y))
+            for module in net.modules():
+                module.register_forward_hook(keep)
+                if isinstance(getattr(module, "p", None), float):  # of dropout: auxiliary ones draw as well
+                    module.p = 0.0
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                net(images, *words)
+        for name, ours in seen[1].items():
+            theirs = seen[0].get(name, ours)
+            if mode == "training" and isinstance(theirs, tuple) and not name:
+                theirs = theirs[0]  # auxiliary classifiers are left out
+            if isinstance(ours, torch.Tensor) and not (isinstance(theirs, torch.Tensor) and torch.allclose(
+                    ours, theirs, 1e-3, 1e-4 * theirs.abs().max().item(), equal_nan=True)):
+                raise InputError(f"{network.name}: {name or 'what it yields'} is another one with switches, in "
+                                 f"{mode}: does something write into what it reads, or branch in training?")
+        after = net.state_dict()
+        for name, value in network.state_dict().items():
+            if network.source not in name.split(".") and not torch.equal(value, after[name]):
+                raise InputError(f"{network.name}: {name} changes in training, but all domains share it")
 
 
 # -------- 3  The losses (Eq. 4 and 5); cross-entropy, the third term, is in the training loop ---------------
@@ -318,11 +491,11 @@ class Switches:
     rows: {domain: (M,) parameter}, of which the layers' switches are views: an optimizer and the losses see
     one tensor, where WRN-28 has 27 layers. The layers' gradients are their own until `step` adds them.
     budget: beta, in the measure `of` (see costs). sharing: lambda_PS, 0 for none (BA2), or "learned": raised
-    while the domains share too little. form: see sharing_loss. share_to: "current": the sharing loss moves
+    while the domains share too little; other domains of the network take part in it and stay as they are. form: see sharing_loss. share_to: "current": the sharing loss moves
     the batch's domains alone. rate: step of the prices. settle: share of the run after which every domain's
     least switches go off until its budget holds, and no switch moves any more; None: never."""
 
-    def __init__(self, network, domains, budget, of="channels", image_size=64, sharing=1.0,
+    def __init__(self, network, domains, budget, of="channels", image_size=None, sharing=1.0,
                  form="intersection", share_to="all", rate=0.3, settle=None):
         self.domains, self.budget, self.form, self.rate = served(network, domains), budget, form, rate
         self.settle, self.learned = math.inf if settle is None else settle, sharing == "learned"
@@ -338,6 +511,8 @@ class Switches:
             raise InputError(f"budget {budget:g} of {of}: give {least:.4f} (a channel in each layer) to 1")
         if network.source in self.domains:
             raise InputError(f"the source {network.source} has no switches: leave it out")
+        self.whole = sum(len(layer.kept) for layer in layers.values())    # M of the backbone, in Eq. 5
+        self.standing = [domain for domain in network.domains if domain not in self.domains]
         self.rows = {domain: nn.Parameter(torch.empty(0)) for domain in self.domains}
         self.settled = False
         self.begin([], 0.0)
@@ -371,7 +546,10 @@ class Switches:
         self.usage = {domain: usage[domain].item() for domain in batch}
         loss = sum(budget_loss(usage[domain], self.budget, self.prices[domain]) for domain in batch)
         if self.learned or self.sharing > 0:
-            excess = sharing_loss(s, self.budget, self.form)
+            others = [torch.cat([layer.switches[domain].detach() for layer in self.layers]) > 0
+                      for domain in self.standing]
+            everyone = torch.cat([s, torch.stack(others).to(s)]) if others else s
+            excess = sharing_loss(everyone, self.budget * self.whole / s.shape[1], self.form)
             loss = loss + self.sharing * excess
             self.sharing += self.learned * self.rate * excess.item()
         return loss
@@ -470,29 +648,39 @@ def masks(network, domains=None):
     return result
 
 
+def shared_layers(network):
+    """{name: module} of all that no domain owns."""
+    owned = {module for part in network.parts() for module in part.modules()}
+    return {name: module for name, module in network.named_modules() if module not in owned}
+
+
 def table(network, image_size=None):
-    """{convolution: its weights in the backbone}, or with image_size its MACs for a crop, counted by THOP."""
-    network, positions = copy.deepcopy(network).to("meta"), {}  # THOP changes modes and buffers
-    convs = {module: name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
-    weights = {name: getattr(conv, "filters", conv.out_channels) * conv.weight[0, 0].numel() // conv.groups
-               * (len(conv.kept) if isinstance(conv, SwitchedConv2d) else conv.in_channels)
-               for conv, name in convs.items()}
+    """{layer: its weights in the backbone}, or with image_size its MACs for a crop, counted by THOP; of all
+    layers that the domains share, and by their names of what else those learned, as biases."""
+    network, whole, operations = copy.deepcopy(network).to("meta"), {}, {}  # THOP changes modes and buffers
+    shared = shared_layers(network)
+    for name, module in shared.items():
+        own = {key: p.numel() for key, p in module.named_parameters(recurse=False)}
+        for key, number in getattr(module, "whole", own).items():
+            whole[name if key == "weight" else f"{name}.{key}"] = number
     if image_size is None:
-        return weights
+        return whole
     from thop import profile  # which needs setuptools from Python 3.12 on
-    from thop.vision.basic_hooks import count_convNd
+    from thop.vision.basic_hooks import count_convNd, count_linear
+    names = {module: name for name, module in shared.items()}
 
-    def count(conv, inputs, output):
-        count_convNd(conv, inputs, output)
-        positions[convs[conv]] = int(conv.total_ops) // conv.weight.numel()
-    first = next(network.parameters())
-    inputs = first.new_zeros(1, 3, image_size, image_size), next(iter(network.classifiers))
-    rules = {nn.Conv2d: count, SwitchedConv2d: count}  # a subclass it does not know has no MACs
-    profile(network, inputs, rules, verbose=False)
-    return {name: positions[name] * number for name, number in weights.items()}
+    def count(layer, inputs, output):
+        if layer in names:
+            (count_linear if isinstance(layer, nn.Linear) else count_convNd)(layer, inputs, output)
+            operations[names[layer]] = int(layer.total_ops) * whole[names[layer]] // layer.weight.numel()
+    channels, first = network.image[0], next(network.parameters())
+    inputs = first.new_zeros(1, channels, image_size, image_size), next(iter(network.classifiers))
+    kinds = SwitchedConv2d, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear
+    profile(network, inputs, dict.fromkeys(kinds, count), verbose=False)  # one it does not know has no MACs
+    return operations
 
 
-def costs(network, of="layers", image_size=64):
+def costs(network, of="layers", image_size=None):
     """({layer: what one of its switches costs}, the share that no switch governs): all of it together is 1.
     of: layers, 1 / (L C_l), the paper's: usage is 1 - the sparsity of Table 7; channels, 1 / M; macs, params:
     what a channel brings of the convolutions' MACs or weights, of which the stem's are always there."""
@@ -500,19 +688,19 @@ def costs(network, of="layers", image_size=64):
     if of not in BUDGETS:
         raise InputError(f"budget of {of!r}: choose among {', '.join(BUDGETS)}")
     whole = {"layers": dict.fromkeys(widths, 1), "channels": widths}.get(of)
-    whole = whole or table(network, image_size if of == "macs" else None)
+    whole = whole or table(network, (image_size or network.image[1]) if of == "macs" else None)
     total = sum(whole.values())
     return ({name: whole[name] / total / width for name, width in widths.items()},
             sum(value for name, value in whole.items() if name not in widths) / total)
 
 
-def share(network, domains=None, of="layers", image_size=64):
+def share(network, domains=None, of="layers", image_size=None):
     """Share of the backbone, in the measure `of`, left with the channels that any of `domains` reads."""
     each, fixed = costs(network, of, image_size)
     return fixed + sum(each[name] * int(on.any(0).sum()) for name, on in masks(network, domains).items())
 
 
-def usage(network, of="layers", image_size=64, domains=None):
+def usage(network, of="layers", image_size=None, domains=None):
     """{domain: share in the measure `of` that it has on}, what is held against the budget."""
     each, fixed = costs(network, of, image_size)
     use = fixed + sum(each[name] * on.sum(1).double() for name, on in masks(network, domains).items())
@@ -539,13 +727,13 @@ def params(network, domains=None):
     return share(network, domains, "params") + own / sum(table(network).values())
 
 
-def macs(network, domains=None, image_size=64):
+def macs(network, domains=None, image_size=None):
     """Multiply-accumulates of the convolutions for one crop, with the input channels that `domains` read.
     [domain]: the complexity of that domain; None: the backbone's. As in the paper every filter counts;
     batch-norm (0.3% of WRN-28-4) and classifiers do not."""
     read = {} if domains is None else masks(network, domains)
     return round(sum(value * (read[name].any(0).double().mean().item() if name in read else 1)
-                     for name, value in table(network, image_size).items()))
+                     for name, value in table(network, image_size or network.image[1]).items()))
 
 
 # -------- 6  Pruning: from the last layer back to the first, who reads which channel ------------------------
@@ -566,15 +754,11 @@ class Select(nn.Module):
         return chosen.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
 
 
-# what makes channel c of its output from channel c of its operands; all else reads and yields all channels
-CHANNELWISE_MODULES = (DomainBatchNorm2d, nn.ReLU, nn.Dropout, nn.Identity, nn.MaxPool2d, nn.AvgPool2d,
-                       nn.AdaptiveAvgPool2d)
-CHANNELWISE = (F.relu, F.dropout, torch.relu, operator.add, operator.iadd, torch.add, "relu", "add")
 ALL = torch.tensor(True)  # a mask of all channels, however many
 
 
 def operands_of(node):
-    return [operand for operand in node.all_input_nodes if operand.target != "domain"]
+    return [operand for operand in node.all_input_nodes if operand.target not in ("domain", "training")]
 
 
 def layer_of(network, node):
@@ -582,91 +766,151 @@ def layer_of(network, node):
     return network.get_submodule(node.target) if node.op == "call_module" else None
 
 
-def is_channelwise(network, node):
-    layer = layer_of(network, node)
-    if layer is not None:
-        return isinstance(layer, CHANNELWISE_MODULES)
-    pooled = node.target == "mean" and node.kwargs.get("dim", node.args[1:] and node.args[1]) == (2, 3)
-    own = any(operand.op == "get_attr" for operand in operands_of(node))
-    return (pooled or node.target in CHANNELWISE) and not own
+def width(node):
+    """Number of channels of what `node` yields, (B, C, ...); None if it is something else."""
+    value = node.meta["value"]
+    return value.shape[1] if isinstance(value, torch.Tensor) and value.dim() > 1 else None
 
 
-def reads(network, node, live, domains):
-    """Mask (C,) of what `node` reads of its operands if the channels `live` of its own are read, or ALL."""
-    layer = layer_of(network, node)
+def joined(node):
+    """The operands of torch.cat(operands, 1), else none."""
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    return list(node.args[0]) if node.target is torch.cat and dim == 1 else []
+
+
+def follows(network, node, operand):
+    """Whether `node` makes channel c of channel c of `operand` and of no other, of half of them too. It is
+    tried: where a channel is not a number, what is made of it must not be one, and the rest must."""
+    for channels in {width(operand), (width(operand) + 1) // 2}:
+        bits = torch.arange(channels) >> torch.arange(channels.bit_length())[:, None] & 1 > 0
+        codes = torch.cat([bits, ~bits])  # (B, C): some row tells any two channels apart
+
+        def values(n):
+            if width(n) is None:
+                return n.meta["value"]
+            own = channels if width(n) == width(operand) else width(n)
+            x = torch.ones(len(codes), own, *n.meta["value"].shape[2:])
+            return torch.where(codes.view(*codes.shape, *[1] * (x.dim() - 2)), math.nan, x) if n is operand else x
+        try:
+            made = compute(network, node, values).isnan().reshape(*codes.shape, -1).any(2)
+        except (AttributeError, RuntimeError, TypeError):  # it wants another number of channels
+            return False
+        if not made.equal(codes):
+            return False
+    return True
+
+
+def channelwise(network, graph):
+    """{node: the operands of whose channel c it makes its channel c}: of batch-norm and depthwise convolution,
+    and of all without weights of which it is found by trying. Any other operand has one channel."""
+    found, network = {}, record(network, graph)
+    for node in graph.nodes:
+        layer, operands = layer_of(network, node), operands_of(node)
+        if isinstance(layer, DomainBatchNorm2d) or (
+                isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels):
+            found[node] = operands
+        elif node.op.startswith("call") and width(node) and not joined(node) and not (
+                layer and (isinstance(layer, Select) or [*layer.parameters()])) and (
+                all(width(operand) and operand.op != "get_attr" for operand in operands)):
+            same = [o for o in operands if width(o) == width(node) and follows(network, node, o)]
+            if same and all(o in same or width(o) == 1 for o in operands):
+                found[node] = same
+    return found
+
+
+def reads(network, node, live, read, same):
+    """{operand: mask (C,) of the channels that `node` reads if its own channels `live` are read, or ALL}."""
+    layer, operands = layer_of(network, node), operands_of(node)
     if isinstance(layer, SwitchedConv2d):
-        return torch.stack([layer.read(domain) for domain in domains]).any(0)
+        return {operands[0]: read[node.target]}
     if isinstance(layer, DomainLinear):
-        return torch.ones(next(iter(layer.values())).in_features, dtype=torch.bool)
+        return {operands[0]: torch.ones(next(iter(layer.values())).in_features, dtype=torch.bool)}
     if isinstance(layer, Select):
         chosen = layer.index[live.expand(len(layer.index))]
-        return torch.zeros(layer.in_channels, dtype=torch.bool).index_fill_(0, chosen, True)
-    return live if is_channelwise(network, node) else ALL
+        return {operands[0]: torch.zeros(layer.in_channels, dtype=torch.bool).index_fill_(0, chosen, True)}
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        groups = live.expand(layer.out_channels).view(layer.groups, -1).any(1)
+        return {operands[0]: groups.repeat_interleave(layer.in_channels // layer.groups)}
+    if joined(node) and live.dim():
+        masks = dict.fromkeys(operands, False)
+        for operand, mask in zip(joined(node), live.split([width(operand) for operand in joined(node)])):
+            masks[operand] = masks[operand] | mask
+        return masks
+    return {operand: live if operand in same.get(node, ()) else ALL for operand in operands}
 
 
-def liveness(network, graph, domains):
-    """{node: mask (C,) of its channels that `domains` make anyone read, or ALL if it cannot be cut}."""
-    live = {}
+def liveness(network, graph, read):
+    """({node: mask (C,) of its channels that are read by anyone, or ALL if it cannot be cut}, channelwise).
+    read: {switched layer: (C_in,) bool, what it reads}."""
+    live, same = {}, channelwise(network, graph)
     for node in reversed(graph.nodes):
         layer = layer_of(network, node)
-        can_be_cut = isinstance(layer, Select) or isinstance(layer, nn.Conv2d) and layer.groups == 1
-        if node not in live or not (can_be_cut or is_channelwise(network, node)):
+        if node not in live or not (node in same or joined(node) or isinstance(layer, (Select, nn.Conv2d))):
             live[node] = ALL
-        for operand in operands_of(node):
-            read, before = reads(network, node, live[node], domains), live.get(operand, ~ALL)
-            live[operand] = before | read if read.dim() and (before.dim() or not before) else ALL
-    return live
+        elif live[node].dim():
+            live[node][0] |= not live[node].any()  # a layer that nobody reads keeps a channel
+            if getattr(layer, "groups", 1) > 1:  # groups go whole, or all keep as many filters
+                groups = live[node].view(layer.groups, -1).int()
+                most = groups.argsort(dim=1, descending=True, stable=True)[:, :groups.sum(1).max()]
+                live[node] = groups.bool().scatter(1, most, groups.any(1, keepdim=True).expand_as(most)).flatten()
+        for operand, mask in reads(network, node, live[node], read, same).items():
+            before = live.get(operand, ~ALL)
+            live[operand] = before | mask if mask.dim() and (before.dim() or not before) else ALL
+    return live, same
 
 
 @torch.no_grad()
-def cut(network, domains, arrange=lambda graph, live: {}):
-    """A copy of `network` for `domains`, in which every layer has the channels left that they read.
-    arrange(graph, live): {node: (C,) rank of its channels}, their order in the copy; default, as it is."""
+def cut(network, domains, read, arrange=lambda graph, live, same: {}):
+    """A copy of `network` for `domains`, in which every layer has the channels left that are read; see
+    liveness. arrange(...): {node: (C,) rank of its channels}, their order in the copy; default, as it is."""
     old, graph, modules, new = Tracer().trace(network), fx.Graph(), {}, {}
-    live = liveness(network, old, domains)
-    ranks = arrange(old, live)
+    live, same = liveness(network, old, read)
+    ranks = arrange(old, live, same)
 
     def order(node, mask):
         """Where `mask` (C,) is true, in the order of the channels of the copy of `node`: int64."""
         at = mask.nonzero().flatten()
         return at[ranks[node][at].argsort()] if node in ranks else at
 
-    def take(operand, wanted, total):
+    def take(operand, wanted):
         """The copy of `operand`, and after it a Select, unless it yields just the channels `wanted`."""
-        left = order(operand, live[operand].expand(total))
+        left = order(operand, live[operand].expand(width(operand)))
         if torch.equal(wanted, left):
             return new[operand]
-        place = torch.zeros(total, dtype=torch.long).scatter(0, left, torch.arange(len(left)))
+        place = torch.zeros(width(operand), dtype=torch.long).scatter(0, left, torch.arange(len(left)))
         name = f"select_{len(modules)}"
         modules[name] = Select(place[wanted], len(left))
         return graph.call_module(name, (new[operand],))
 
     for node in old.nodes:
-        layer, read = copy.deepcopy(layer_of(network, node)), reads(network, node, live[node], domains)
-        if node.target in modules and next(layer.parameters(), None) is not None:
-            raise InputError(f"{node.target} is called twice: pruning needs a layer for every call")
+        layer, copies, wanted = copy.deepcopy(layer_of(network, node)), dict(new), slice(None)
         if isinstance(layer, Select):
-            wanted = layer.index[order(node, live[node].expand(len(layer.index)))]
-            new[node] = take(node.args[0], wanted, layer.in_channels)
+            new[node] = take(node.args[0], layer.index[order(node, live[node].expand(len(layer.index)))])
             continue
-        operands, wanted = dict(new), slice(None)
-        if read.dim():
-            wanted = order(operands_of(node)[0], read)
-            operands |= {operand: take(operand, wanted, len(read)) for operand in operands_of(node)}
-        if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+        if joined(node) and live[node].dim():
+            masks = live[node].split([width(operand) for operand in joined(node)])
+            new[node] = graph.call_function(torch.cat, ([
+                take(operand, mask.nonzero().flatten()) for operand, mask in zip(joined(node), masks) if mask.any()], 1))
+            continue
+        for operand, mask in reads(network, node, live[node], read, same).items():
+            if mask.dim():
+                if isinstance(wanted, slice):  # groups stay as they are
+                    wanted = order(operand, mask) if node in same or getattr(layer, "groups", 1) == 1 else mask.nonzero().flatten()
+                copies[operand] = take(operand, wanted)
+        if isinstance(layer, nn.Conv2d):
             cut_conv(layer, wanted, order(node, live[node].expand(layer.out_channels)))
         elif isinstance(layer, DomainBatchNorm2d):
             for norm in layer.values():
                 for rows in [rows for rows in (*norm.parameters(), *norm.buffers()) if rows.dim()]:
                     rows.data = rows.data[wanted]
-                norm.num_features = len(norm.weight)
+                norm.num_features = len(norm.running_mean)
         elif isinstance(layer, DomainLinear):
             for linear in layer.values():
                 linear.weight = nn.Parameter(linear.weight[:, wanted])
-        if layer is not None:
-            modules[node.target] = layer
-        new[node] = graph.node_copy(node, operands.get)
-    pruned = GraphNetwork(modules, graph, network, network.source)
+        if node.op in ("call_module", "get_attr"):
+            modules[node.target] = layer or operator.attrgetter(node.target)(network)
+        new[node] = graph.node_copy(node, copies.get)
+    pruned = GraphNetwork(modules, graph, network, True)
     for domain in [domain for domain in pruned.classifiers if domain not in domains]:
         pruned.remove_domain(domain)
     return pruned
@@ -674,17 +918,18 @@ def cut(network, domains, arrange=lambda graph, live: {}):
 
 def cut_conv(conv, channels, filters):
     """Keep the input channels and the filters at these positions (int64, or a slice), in place."""
-    conv.filters = getattr(conv, "filters", conv.out_channels)  # of the backbone
+    conv.whole = getattr(conv, "whole", {name: p.numel() for name, p in conv.named_parameters(recurse=False)})
     if isinstance(conv, SwitchedConv2d):
         kept, conv.kept = conv.kept.nonzero().flatten(), torch.zeros_like(conv.kept)
         conv.kept[kept[channels]] = True
         for domain, switches in conv.switches.items():
             conv.switches[domain] = nn.Parameter(switches[channels])
-    weight = conv.weight[filters][:, channels].contiguous()
+    weight = conv.weight[filters][:, channels if conv.groups == 1 else slice(None)].contiguous()
+    conv.in_channels = len(torch.arange(conv.in_channels)[channels])
+    conv.groups, conv.out_channels = conv.in_channels // weight.shape[1], len(weight)
     conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
     if conv.bias is not None:
         conv.bias = nn.Parameter(conv.bias[filters], requires_grad=conv.bias.requires_grad)
-    conv.out_channels, conv.in_channels = weight.shape[:2]
 
 
 def prune(network, domains=None, keep_source=False):
@@ -697,15 +942,20 @@ def prune(network, domains=None, keep_source=False):
     if not set(domains) - {network.source}:
         raise InputError("nothing to prune: the network has no adapted domain, only a backbone")
     domains = served(network, [network.source]) + domains if keep_source else domains
-    for name, on in masks(network, domains).items():
-        if not on.any(1).all():
+    layers, on = switched_layers(network), masks(network, domains)
+    for name in layers:
+        if not on[name].any(1).all():
             raise InputError(f"a domain has no channel on in {name}: every layer needs one")
-    return cut(network, domains)
+    return cut(network, domains, {name: on[name].any(0)[layer.kept] for name, layer in layers.items()})
 
 
 # -------- 7  Files ------------------------------------------------------------------------------------------
 
-FORMAT = "ba2ps-2"  # the first entry of every checkpoint
+FORMAT = "ba2ps-3"  # the first entry of every checkpoint
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
 @contextlib.contextmanager
@@ -718,8 +968,7 @@ def reading(path):
     except InputError as error:
         raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{path} cannot be read: {reason:.300}") from None
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
 
 
 @contextlib.contextmanager
@@ -730,7 +979,7 @@ def writing(path):
         yield part
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-        raise InputError(f"cannot write {path}: {' '.join(str(error).split()):.300}") from None
+        raise InputError(f"cannot write {path}: {one_line(error)}") from None
     finally:
         if os.path.isfile(part):
             os.remove(part)
@@ -739,23 +988,34 @@ def writing(path):
 def save(path, network, **facts):
     """Write `network` and `facts` (numbers, strings, lists, dicts, tensors) to `path`, all of it or nothing.
     Of a pruned network: what is left in one tensor, and for switches the masks, from which load builds it."""
-    if network.depth is None:
-        raise ValueError("save is for WideResNet, pruned or not: load would not know how to build another")
-    pruned = isinstance(network, GraphNetwork)
     state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
-    if pruned:
+    if network.pruned:
         state = {"all": torch.cat([value.flatten() for name, value in state.items()
                                    if value.is_floating_point() and ".switches." not in name])}
-    facts |= {"format": FORMAT, "depth": network.depth, "widen_factor": network.widen_factor, "state": state,
-              "source": network.source, "masks": masks(network) if pruned else None,
+        facts["kept"] = {name: layer.kept for name, layer in switched_layers(network).items()}
+        facts["masks"] = masks(network)
+    facts |= {"format": FORMAT, "name": network.name, "options": network.options, "image": network.image,
+              "state": state, "source": network.source,
               "num_classes": {domain: linear.out_features for domain, linear in network.classifiers.items()}}
     with writing(path) as part:
         torch.save(facts, part)
 
 
-def load(path):
+def build(name, options, source="any", num_classes=1):
+    """The backbone that name and options of a network tell: a WideResNet, or a plain one of torchvision."""
+    if name.startswith("WRN-"):
+        return WideResNet(*map(int, name.split("-")[1:]), source, num_classes)
+    if options is None:
+        raise InputError(f"holds a {name} of one's own: give load one, load(path, backbone={name}(...))")
+    from torchvision.models import get_model
+    return get_model(name, weights=None, **options)
+
+
+def load(path, backbone=None):
     """(network, facts) of a checkpoint that save wrote, on the CPU; InputError for anything else.
-    No code in the file is run (weights_only=True), and its checksums are compared."""
+    backbone: the plain network that add_switches was given, of any weights; not needed for a WideResNet and
+    for those of torchvision that train.py makes. No code in the file is run (weights_only=True), and its
+    checksums are compared."""
     with reading(path):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
@@ -763,22 +1023,24 @@ def load(path):
         facts = torch.load(path, map_location="cpu", weights_only=True)
         if facts.pop("format", None) != FORMAT:
             raise ValueError("no checkpoint of this version: give one of train.py or prune.py")
-        classes, source, on, state = (facts.pop(key) for key in ("num_classes", "source", "masks", "state"))
-        domains = [domain for domain in classes if domain != source]
-        with torch.device("meta"):
-            shape = facts.pop("depth"), facts.pop("widen_factor")
-            network = WideResNet(*shape, source, classes.get(source, 1))
-            for domain in domains:
-                network.add_domain(domain, classes[domain])
-        if on:
-            for name, layer in switched_layers(network).items():
-                for domain, row in zip(domains, on[name], strict=True):
-                    layer.switches[domain] = nn.Parameter(1e-3 * (2.0 * row - 1))
-            network = prune(network, domains, keep_source=source in classes)
-            left, state = network.state_dict(), state["all"]
+        name, options, image, classes, source, state = (
+            facts.pop(key) for key in ("name", "options", "image", "num_classes", "source", "state"))
+        kept, on, domains = facts.pop("kept", None), facts.pop("masks", None), [d for d in classes if d != source]
+        network = copy.deepcopy(backbone) or build(name, options, source, classes.get(source, 1))
+        network.to("meta")
+        if not isinstance(network, WideResNet):
+            network = add_switches(network, {}, source, image[1], name, options)
+        for domain in domains:
+            network.add_domain(domain, classes[domain])
+        if kept:
+            for layer_name, layer in switched_layers(network).items():
+                for domain, row in zip(domains, on[layer_name], strict=True):
+                    layer.switches[domain] = nn.Parameter(1e-3 * (2.0 * row.view_as(layer.kept) - 1))
+            network = cut(network, list(classes), kept)
+            left = network.state_dict()
             floats = {name: value for name, value in left.items()
                       if value.is_meta and value.is_floating_point()}
-            parts = state.split([value.numel() for value in floats.values()])
+            parts = state["all"].split([value.numel() for value in floats.values()])
             state = {name: torch.zeros_like(value, device="cpu") if value.is_meta else value
                      for name, value in left.items()}
             state |= {name: part.view_as(value).clone() for part, (name, value) in zip(parts, floats.items())}

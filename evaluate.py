@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The benchmark: the Visual Decathlon's files, crops and scores, and the paper's Tables 1, 2, 3 and 7.
+"""The benchmark: data (the Visual Decathlon or folders), crops and scores, the paper's Tables 1, 2, 3 and 7.
 
   python evaluate.py MODEL                                # on the val split of what it was trained on
   python evaluate.py MODEL --data DIR --split test --results r.json             # for the challenge's server
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.datasets.folder import is_image_file, make_dataset
 from torchvision.transforms import functional as TF
 
 import ba2ps
@@ -50,6 +51,16 @@ def check(right, message):
         raise ba2ps.InputError(message)
 
 
+def domains_of(root):
+    """The sorted names of the domains with a train split in `root`, in either layout."""
+    files, folders = Path(root, "annotations").glob("[!.]*_train.json"), Path(root).glob("[!.]*/train")
+    names = ([path.name.removesuffix("_train.json") for path in files] if Path(root, "annotations").is_dir()
+             else [path.parent.name for path in folders if path.is_dir()])
+    check(names, f"{root} {'has no domains' if Path(root).is_dir() else 'is no directory'}: give one with "
+                 "annotations/DOMAIN_train.json and data/, or with DOMAIN/train/CLASS/*.jpg")
+    return sorted(names)
+
+
 class Images:
     """The images of a domain in one or several splits, resized to a shorter side of 9/8 `image_size`.
 
@@ -70,12 +81,16 @@ class Images:
         check(cache or os.access(root, os.W_OK), f"{root} cannot be written: give --cache DIR")
 
     def add(self, root, split, folder):
-        """Read the annotations of a split. Labels are by category ids: the order of folders tells nothing."""
+        """Read a split. Labels are by category ids, which number the classes of train if it is folders."""
         path = Path(root, "annotations", f"{self.domain}_{split}.json")
         if split == "test" and not path.exists():  # the release has no labels of it
             path = path.with_name(f"{self.domain}_test_stripped.json")
+        key = "category_ids"  # what must be as in training
+        if not path.parent.is_dir():
+            domains_of(root)  # refuses a root that has neither layout
+            path, key = Path(root, self.domain, split), "classes"
         with ba2ps.reading(path):
-            content = json.loads(path.read_text("utf-8"))
+            content = self.folders(path) if key == "classes" else json.loads(path.read_text("utf-8"))
             names = {image["id"]: image["file_name"] for image in content["images"]}
             classes = dict(sorted((c["id"], str(c["name"])) for c in content["categories"]))
             labels = {a["image_id"]: a["category_id"] for a in content.get("annotations", ())}
@@ -84,17 +99,45 @@ class Images:
             for number, name in names.items():
                 check(labels.get(number) in classes or "annotations" not in content, f"{name}: no category")
                 check(name[0] != "/" and ".." not in name.split("/"), f"{name!r} lies outside {root}")
-        ids, (mean, std) = list(classes), MEAN_STD.get(self.domain, (None, None))
-        self.record = self.record or {"classes": [*classes.values()], "category_ids": ids, "mean": mean,
-                                      "std": std, "mirror": self.domain not in NO_MIRROR}
-        check(ids == self.record["category_ids"], f"{path}: the categories are not those of training")
+        mean, std = MEAN_STD.get(self.domain, (None, None))
+        found = {"classes": [*classes.values()], "category_ids": [*classes], "mean": mean, "std": std,
+                 "mirror": self.domain not in NO_MIRROR}
+        self.record = self.record or found
+        check(found[key] == self.record[key], f"{path}: the categories are not those of training")
         paths = [os.path.join(root, name) for name in names.values()]
         stats = [os.path.exists(path) and (os.path.getsize(path), os.path.getmtime(path)) for path in paths]
         digest = hashlib.sha256(repr([*zip(names.values(), stats)]).encode()).hexdigest()[:16]
         self.parts.append((folder / f"{self.domain}-{split}-{self.side}-{digest}.pixels", paths))
         self.paths, self.ids = self.paths + paths, self.ids + list(names)
-        position = {category: k for k, category in enumerate(ids)}
+        position = {category: k for k, category in enumerate(classes)}
         self.labels += [position.get(labels.get(number), -1) for number in names]
+
+    def folders(self, folder):
+        """What annotations would say of DOMAIN/SPLIT/CLASS/*.jpg. The classes are those of train, by name.
+        Without val, a fixed tenth of each class of train is val. A test without classes has no labels."""
+        home, split, starts = folder.parent, folder.name, {}
+        held_out = split != "test" and not os.path.lexists(home / "val")
+        folder = home / ("train" if held_out else split)
+        with ba2ps.reading(home / "train"):
+            classes = sorted(f.name for f in Path(home, "train").iterdir() if f.is_dir() and f.name[0] != ".")
+        numbers = {name: k for k, name in enumerate(classes)}
+        files = make_dataset(home, {folder.name: 0}, None, is_image_file, allow_empty=True)
+        rows = sorted(Path(file).relative_to(home.parent).parts for file, _ in files)
+        rows = [row for row in rows if not any(part[0] == "." for part in row)]
+        deep = [row for row in rows if len(row) > 3]  # (domain, split, class, ..., file)
+        found = {row[2] for row in deep}
+        wrong, why = (({*classes} - found, "no images") if folder.name == "train" else
+                      (found - {*classes}, "train has no such class"))
+        check(classes and not wrong, f"{folder / min(wrong, default='')}: {why}")
+        kept = [row for i, row in enumerate(deep) if not held_out
+                or ((i - starts.setdefault(row[2], i)) % 10 == 4) == (split == "val")]
+        if held_out and split == "val":
+            print(f"{home.name}: no val folder, {len(kept)} of its {len(deep)} training images are held out")
+        names = {"/".join(row): row[2] for row in (kept if deep or split != "test" else rows)}
+        return {"images": [{"id": name, "file_name": name} for name in names],
+                "categories": [{"id": k, "name": name} for name, k in numbers.items()],
+                **({"annotations": [{"image_id": name, "category_id": numbers[kind]}
+                                    for name, kind in names.items()]} if deep else {})}
 
     def decode(self, workers=0):
         """Map the pixels, after decoding, in so many processes, what is not in the cache. Returns self."""
@@ -270,7 +313,7 @@ def draw_channels(figure, report, network):
     layers, domains, of = sorted(ba2ps.masks(network).items()), report["domains"].items(), report["budget_of"]
     colours = colors.ListedColormap([*USED.values()])
     figure.set_size_inches(9, 1.2 + len(layers) / 3 * (0.35 + 0.03 * len(domains)))
-    title = (f"WRN-{network.depth}-{network.widen_factor}, budget {report['budget']}, {report['training']}; "
+    title = (f"{network.name}, budget {report['budget']}, {report['training']}; "
              f"sparsity all {report['sparsity_all']:.1%}, params {report['params']:.3f}; columns: channels, "
              f"most used first, and how many are left; rows: domains, from the top, and their share of {of}: "
              + ", ".join(f"{domain} {row['usage']:.3f}" for domain, row in domains))
@@ -393,7 +436,7 @@ def main():
     parser.error, add = stop, parser.add_argument
     add("model", nargs="?", help="checkpoint of train.py or prune.py")
     add("--compare", nargs="+", default=[], metavar="MODEL", help="two or more; accuracies only with --data")
-    add("--data", metavar="DIR", help="a Visual Decathlon root: annotations/, data/ (default: the trained)")
+    add("--data", metavar="DIR", help="a Visual Decathlon root, or DOMAIN/train/CLASS/*.jpg (or the trained)")
     add("--cache", metavar="DIR", help="of decoded images, 4 kB each at 32 pixels (default: ROOT/cache)")
     add("--workers", type=at_least(0), default=2, help="processes that decode images the first time")
     add("--split", default="val", choices=["train", "val", "test"])
@@ -422,7 +465,7 @@ def main():
         check(network.domains, f"{path} is a backbone without adapted domains: give train.py's model.pt")
         check({*args.no_mirror} <= {*network.classifiers}, f"--no-mirror: {path} has no {args.no_mirror}")
         check(facts["budget"] or not args.compare or not args.picture, f"--picture: {path} has no budget")
-    kinds = {f"WRN-{network.depth}-{network.widen_factor}" for network, _ in models.values()}
+    kinds = {network.name for network, _ in models.values()}
     check(len(kinds) == 1, f"--compare needs models of one kind: these are {' and '.join(sorted(kinds))}")
     idle = not args.data and (args.compare or args.picture and not args.json and not args.results)
     for path, (network, facts) in models.items():

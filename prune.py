@@ -32,36 +32,41 @@ import ba2ps
 
 # -------- dense networks ------------------------------------------------------------------------------------
 
-def arrange(network, domain, graph, live):
+def arrange(network, read, graph, live, same):
     """{node: (C,) rank of its channels} for ba2ps.cut, such that layers find what they read side by side.
 
     A slice is nearly free, a gather is not. Channels are sorted by who reads them, the last reader first, as
     in a reflected Gray code: what each of the last two reads is then one run, and so is what is read from any
-    point on. Nodes that an addition, a Select or a channelwise operation ties have one order.
+    point on. Nodes that an addition, a Select or a channelwise operation ties have one order. What joins
+    channels or convolves them in groups keeps the order that it has.
     """
     tied = {}  # node: (root, whose channels these are, (C,) the position there of each of its own)
     for node in [node for node in graph.nodes if live[node].dim()]:
-        operands, layer = ba2ps.operands_of(node), ba2ps.layer_of(network, node)
-        places = [tied[operand] for operand in operands if operand in tied]
-        if isinstance(layer, ba2ps.Select) and places:
-            tied[node] = places[0][0], places[0][1][layer.index]
-        elif ba2ps.is_channelwise(network, node):
+        layer, lead = ba2ps.layer_of(network, node), same.get(node, [None])[0]
+        places = [tied[operand] for operand in same.get(node, ()) if operand in tied]
+        if isinstance(layer, ba2ps.Select):
+            if node.args[0] in tied:
+                root, at = tied[node.args[0]]
+                tied[node] = root, at[layer.index]
+        elif lead:
             root, at = max(places, key=lambda place: len(live[place[0]]), default=(None, None))
             for other, own in places:  # what a convolution adds to a stream takes the stream's order
                 if other is not root and len(live[other]) == len(at):
                     at_root = at[own.argsort()]
                     tied |= {n: (root, at_root[its]) for n, (r, its) in tied.items() if r is other}
-            if operands[0] in tied:
-                tied[node] = tied[operands[0]]
-        else:
+            if lead in tied:
+                tied[node] = tied[lead]
+        elif getattr(layer, "groups", 0) == 1:
             tied[node] = node, torch.arange(len(live[node]))
     readers = {root: [] for root, _ in tied.values()}  # root: [(C,) what a node reads of it], the last first
     for node in reversed(graph.nodes):
-        for root, at in [tied[operand] for operand in ba2ps.operands_of(node) if operand in tied]:
-            read = torch.zeros_like(live[root])
-            read[at[ba2ps.reads(network, node, live[node], [domain])]] = True
-            if not read.all() and not any(read.equal(other) for other in readers[root]):
-                readers[root].append(read)
+        for operand, mask in ba2ps.reads(network, node, live[node], read, same).items():
+            if operand in tied:
+                root, at = tied[operand]
+                its = torch.zeros_like(live[root])
+                its[at[mask]] = True
+                if not its.all() and not any(its.equal(other) for other in readers[root]):
+                    readers[root].append(its)
     ranks = {}
     for root, masks in readers.items():
         code = torch.stack([~live[root], *masks]).cumsum(0).T % 2  # (C, 1 + readers), Gray code to binary
@@ -69,12 +74,7 @@ def arrange(network, domain, graph, live):
     return {node: ranks[root][at] for node, (root, at) in tied.items()}
 
 
-def add_into(own, other):
-    """own + other, written into `own` where that has the shape of the sum."""
-    return own.add_(other) if own.shape == other.shape else own + other
-
-
-FRESH = (torch.conv2d, torch.addcmul, torch.relu_, add_into)  # whose result dense lets its only reader change
+FRESH = (torch.conv2d, torch.addcmul, torch.relu_, "add_")  # whose result dense lets its only reader change
 
 
 @torch.no_grad()
@@ -88,8 +88,10 @@ def dense(network, domain=None):
     """
     [domain] = ba2ps.served(network, [domain or list(network.classifiers)[-1]])
     network = copy.deepcopy(network).eval()
-    small = ba2ps.cut(network, [domain], lambda graph, live: arrange(network, domain, graph, live))
+    read = {name: layer.read(domain) for name, layer in ba2ps.switched_layers(network).items()}
+    small = ba2ps.cut(network, [domain], read, lambda *found: arrange(network, read, *found))
     graph, parts, new = fx.Graph(), {}, {}
+    ba2ps.record(small, small.graph)
 
     def part(name, value):
         parts[name] = nn.Parameter(value, requires_grad=False)
@@ -99,11 +101,12 @@ def dense(network, domain=None):
         layer, operands = ba2ps.layer_of(small, node), ba2ps.operands_of(node)
         name = str(node.target).replace(".", "_")  # flat: every dot is a look-up at every call
         mine = [operand for operand in operands if len(operand.users) == 1 and new[operand].target in FRESH]
+        whole = [operand for operand in mine if operand.meta["value"].shape == node.meta["value"].shape]
         x = new[operands[0]] if operands else None
-        if isinstance(layer, ba2ps.DomainBatchNorm2d):
+        if isinstance(layer, ba2ps.DomainBatchNorm2d) and layer[domain].track_running_stats:
             norm = layer[domain]
-            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-            shift = norm.bias - norm.running_mean * scale
+            scale = (norm.weight if norm.affine else 1) / (norm.running_var + norm.eps).sqrt()
+            shift = (norm.bias if norm.affine else 0) - norm.running_mean * scale
             if mine and x.target is torch.conv2d:
                 if x.args[2] is None:
                     with graph.inserting_before(x):
@@ -112,7 +115,8 @@ def dense(network, domain=None):
                 parts[x.args[2].target].mul_(scale).add_(shift)
                 new[node] = x
             else:
-                shift, scale = shift.view(-1, 1, 1), scale.view(-1, 1, 1)
+                ones = [1] * (node.meta["value"].dim() - 2)
+                shift, scale = shift.view(-1, *ones), scale.view(-1, *ones)
                 args = part(f"{name}_shift", shift), x, part(f"{name}_scale", scale)
                 new[node] = graph.call_function(torch.addcmul, args)
         elif isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
@@ -121,16 +125,20 @@ def dense(network, domain=None):
             bias = None if layer.bias is None else part(f"{name}_bias", layer.bias)
             args = x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups
             new[node] = graph.call_function(torch.conv2d, args)
-        elif node.target is operator.add and mine and len(operands) == 2:
-            args = new[mine[-1]], new[operands[mine[-1] is operands[0]]]
-            new[node] = graph.call_function(add_into, args)
+        elif node.target is operator.add and len(operands) == 2 and whole:
+            args = new[whole[-1]], new[operands[whole[-1] is operands[0]]]
+            new[node] = graph.call_method("add_", args)
         elif mine and (node.target in (nn.functional.relu, torch.relu, "relu") or isinstance(layer, nn.ReLU)):
             new[node] = graph.call_function(torch.relu_, (x,))
         elif isinstance(layer, ba2ps.Select) and (layer.index.diff() == 1).all():
             new[node] = graph.call_function(torch.narrow, (x, 1, int(layer.index[0]), len(layer.index)))
         elif layer is not None:
             parts[name] = layer[domain] if isinstance(layer, ba2ps.DomainModules) else layer
-            new[node] = graph.call_module(name, (x,))
+            args = [word for word in node.args if getattr(word, "target", None) != "domain"]
+            new[node] = graph.call_module(name, *fx.node.map_arg((tuple(args), node.kwargs), new.get))
+        elif node.op == "get_attr":
+            value = operator.attrgetter(node.target)(small)
+            new[node] = part(name, value) if isinstance(value, torch.Tensor) else False  # in training
         else:
             new[node] = graph.node_copy(node, new.get)
             if node.target == "view":
@@ -166,8 +174,8 @@ def stored_params(network):
 
     The weights that are left, four floats a row and domain of batch-norm, a bit a switch of the backbone.
     """
-    convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    weights = sum(p.numel() for conv in convs for p in conv.parameters(recurse=False))
+    shared = ba2ps.shared_layers(network).values()
+    weights = sum(p.numel() for module in shared for p in module.parameters(recurse=False))
     rows = sum(module.num_features for module in network.modules() if isinstance(module, nn.BatchNorm2d))
     bits = sum(on.numel() for on in ba2ps.masks(network).values())
     return (weights + 4 * rows + bits / 32) / sum(ba2ps.table(network).values())
@@ -187,10 +195,11 @@ def latency(network, models, batch_size, image_size, seconds=0.25, device="cpu")
 
     Medians of interleaved repeats, at least three; the backbone is timed in its faster memory format.
     """
-    x, runs = torch.randn(batch_size, 3, image_size, image_size, device=device), []
+    x, runs = torch.randn(batch_size, network.image[0], image_size, image_size, device=device), []
     for form in (torch.contiguous_format, torch.channels_last):
-        backbone = ba2ps.WideResNet(network.depth, network.widen_factor, "any", 10).eval()
-        runs.append((backbone.to(device, memory_format=form), x.contiguous(memory_format=form), "any"))
+        backbone = ba2ps.build(network.name, network.options, "any").eval().to(device, memory_format=form)
+        words = ["any"] if isinstance(backbone, ba2ps.WideResNet) else []
+        runs.append((backbone, x.contiguous(memory_format=form), *words))
     runs += [(model.to(device), x) for model in models]
     times, end = [[] for _ in runs], time.perf_counter() + seconds * len(runs)
     while len(times[0]) < 4 or time.perf_counter() < end:

@@ -5,6 +5,8 @@
   python train.py --data DIR --backbone backbone.pt --budget 0.25                    # the paper, section 4.1
   python train.py --data DIR --backbone backbone.pt --budget 0.25 --recipe settled   # never over budget
   python train.py --data DIR --backbone backbone.pt --budget 0.25 --sharing 0 --independent          # BA2
+  python train.py --data DIR --network resnet18 --recipe settled --budget 0.25      # torchvision's, pre-trained
+  python train.py --data DIR --start-from model.pt --domains NEW --budget 0.25      # a domain that comes later
 
 Leaves backbone.pt, model.pt and log.csv in --out, and until it is finished state.pt, written at the end of
 every epoch: the same command with --resume goes on from there, to the same weights. With `torchrun
@@ -26,8 +28,8 @@ import torch.nn.functional as F
 
 import ba2ps
 from ba2ps import InputError
-from evaluate import (Images, accuracy, at_least, check_device, load_model, predict, progress_line, stop,
-                      write_json)
+from evaluate import (MEAN_STD, Images, accuracy, at_least, check_device, domains_of, load_model, predict,
+                      progress_line, stop, write_json)
 
 
 # -------- the method: domains in round robin; cross-entropy + budget + sharing ------------------------------
@@ -40,7 +42,9 @@ def adapt(network, domains, train, val, args, run):
     switches = ba2ps.Switches(
         network, domains, args.budget, args.budget_of, args.image_size, args.sharing, args.sharing_loss,
         args.share_to, args.multiplier_lr, args.settle)
-    weights = [p for name, p in network.named_parameters() if p.requires_grad and ".switches." not in name]
+    weights = network.owned_parameters(domains)
+    if args.adapt == "all":
+        weights = [p for p in network.parameters() if p.requires_grad]  # the switches are held by now
     sgd = torch.optim.SGD(weights, lr=args.lr, momentum=0.9)
     adam = torch.optim.Adam(switches.parameters(), lr=args.switch_lr, fused=True)
     order = torch.Generator().manual_seed(args.seed)  # of domains, images, crops and mirroring
@@ -306,7 +310,8 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.error = stop
     add, rate = parser.add_argument, at_least(0.0)
-    add("--data", metavar="DIR", help="a Visual Decathlon root (annotations/, data/); none: a toy is drawn")
+    add("--data", metavar="DIR", help="a Visual Decathlon root (annotations/, data/) or folders, DOMAIN/train/"
+        "CLASS/*.jpg; none: a toy is drawn")
     add("--cache", metavar="DIR", help="where decoded images are kept (default: ROOT/cache)")
     add("--workers", type=at_least(0), default=2, help="processes that decode images the first time")
     add("--source", metavar="NAME", help="the backbone's domain (default: imagenet12)")
@@ -314,11 +319,16 @@ def parse():
     add("--splits", nargs="+", default=["train"], choices=["train", "val"], help="what is trained on")
     add("--no-mirror", nargs="+", default=[], metavar="NAME", help="besides the paper's four")
     add("--backbone", metavar="FILE", help="a backbone.pt to use instead of training one")
-    add("--start-from", metavar="MODEL", help="a model.pt to go on from, with what its domains own")
+    add("--start-from", metavar="MODEL", help="a model.pt, or a pruned one, to go on from: --domains are trained "
+        "on or added, its others stay as they are")
+    add("--network", metavar="NAME", help="the backbone: one of torchvision.models, or WRN-28-4 (the default)")
+    add("--weights", metavar="FILE", help="of a torchvision network: a state_dict, none (it is trained on the "
+        "source), or DEFAULT, torchvision's own (the default)")
     add("--backbone-epochs", type=at_least(0), default=30)
     add("--depth", type=at_least(10), help="of a new backbone, default 28")
     add("--widen-factor", type=at_least(1), help="of a new backbone, default 4")
-    add("--image-size", type=at_least(16), help="of the crop, default 64; images are resized to 9/8 of it")
+    add("--image-size", type=at_least(16), help="of the crop, default 64, or 224 for torchvision's networks; "
+        "images are resized to 9/8 of it")
     add("--recipe", default="paper", choices=list(RECIPES), help="paper: as published, --budget-of layers; "
         "settled: no domain over budget, --budget-of channels --settle 0.5 --batch-size 16 --distinct")
     add("--budget", type=at_least(0.0, 1.0), default=0.5, help="beta: what a domain may have on")
@@ -360,8 +370,28 @@ def parse():
         raise InputError("--start-from holds a backbone and switches: leave out --backbone and --adapt all")
     if args.adapt == "all" and "val" in args.splits:
         raise InputError("--adapt all measures its baseline on val: leave out --splits val")
+    if args.depth or args.widen_factor:
+        if args.network:
+            raise InputError(f"--network {args.network} goes without --depth and --widen-factor")
+        args.network = f"WRN-{args.depth or 28}-{args.widen_factor or 4}"
     check_device(args.device)
     return args
+
+
+def pretrained(args):
+    """A torchvision network with --weights, and the options with which get_model builds its like."""
+    from torchvision.models import get_model, get_model_weights
+    with ba2ps.reading(f"--weights {args.weights}"):
+        if args.weights == "DEFAULT":
+            plain = get_model(args.network, weights="DEFAULT")
+            kept = {key: getattr(plain, key) for key in ("aux_logits", "transform_input") if hasattr(plain, key)}
+            categories = get_model_weights(args.network).DEFAULT.meta["categories"]
+            return plain, {"num_classes": len(categories), **kept}
+        state = torch.load(args.weights, map_location="cpu", weights_only=True)
+        options = {"num_classes": [len(value) for value in state.values() if value.dim() == 2][-1]}
+        plain = get_model(args.network, weights=None, **options)
+        plain.load_state_dict(state)
+        return plain, options
 
 
 def main():
@@ -380,29 +410,36 @@ def main():
     args.data = os.path.abspath(args.data)
 
     given, network, records = args.backbone or args.start_from, None, {}
-    usual = {"source": "imagenet12", "depth": 28, "widen_factor": 4, "image_size": 64}
+    plain = args.network is None or args.network.startswith("WRN-")
+    usual = {"network": "WRN-28-4", "weights": None, "source": "imagenet12", "image_size": 64}
+    if not plain:
+        usual |= {"weights": "DEFAULT", "source": "imagenet", "image_size": 224}
     if given:
         network, facts = load_model(given)
-        if isinstance(network, ba2ps.GraphNetwork) or bool(network.domains) == bool(args.backbone):
-            raise InputError(f"{given}: --backbone takes backbone.pt, --start-from a model.pt, not pruned")
+        if bool(network.domains) == bool(args.backbone):
+            raise InputError(f"{given}: --backbone takes backbone.pt, --start-from a model.pt")
         records = facts["domains"]
-        usual = {name: facts.get(name, getattr(network, name, None)) for name in usual}
+        usual = {"network": network.name, "weights": None, "source": network.source,
+                 "image_size": facts["image_size"]}
     for name, value in usual.items():
         wanted = vars(args)[name]
         vars(args)[name] = value if wanted is None else wanted
-        if given and vars(args)[name] != value:
-            raise InputError(f"--{name.replace('_', '-')} {wanted}: {given} has {value}")
+        if (given or value is None) and vars(args)[name] != value:
+            flag = {"network": "--depth, --widen-factor or --network"}.get(name, f"--{name.replace('_', '-')}")
+            raise InputError(f"{flag} {wanted}: {given or args.network} has {value}")
 
     # everything is looked at before the first step is taken
-    files = Path(args.data, "annotations").glob("*_train.json")
-    annotated = sorted(path.name.removesuffix("_train.json") for path in files)
+    annotated = domains_of(args.data)
     domains = args.domains or [domain for domain in annotated if domain != args.source]
     if not domains or len({*domains, args.source}) <= len(domains):
         raise InputError(f"--domains {' '.join(domains)}: name some of {args.data} once, not {args.source}")
     if set(args.no_mirror) - {*domains, *annotated, args.source}:
         raise InputError(f"--no-mirror {' '.join(args.no_mirror)}: no such domains in {args.data}")
-    train, val = {}, {}
-    for domain in domains if given else [args.source, *domains]:
+    train, val, options = {}, {}, None
+    if args.weights not in (None, "none"):
+        network, options = pretrained(args)
+    to_train, numbers = network is None, range(options["num_classes"] if options else 0)
+    for domain in [args.source] * (to_train or not given and args.source in annotated) + domains:
         for sets, splits in ((train, args.splits), (val, ["val"] if "val" not in args.splits else [])):
             record = train[domain].record if sets is val else records.get(domain)
             if splits:
@@ -411,9 +448,11 @@ def main():
                 if not sets[domain].labelled:
                     raise InputError(f"{domain} has no labels in {' '.join(splits)}: training needs them")
                 sets[domain].decode(args.workers)
-    if not given:
-        classes = len(train[args.source].record["classes"])
-        network = ba2ps.WideResNet(args.depth, args.widen_factor, args.source, classes)
+    if to_train:
+        options = {"num_classes": len(train[args.source].record["classes"])}
+        network = ba2ps.build(args.network, options, args.source, **options)
+    if not isinstance(network, ba2ps.MultiDomain):
+        network = ba2ps.add_switches(network, {}, args.source, args.image_size, args.network, options)
     ba2ps.Switches(network, [], args.budget, args.budget_of, args.image_size)  # refuses what cannot be held
     args.out = args.out or f"runs/{args.source}-{args.recipe}-{args.budget:g}-{args.seed}"
     out = Path(args.out)
@@ -428,25 +467,24 @@ def main():
     if args.resume and run.stored is None and (out / last).exists():
         return print(f"nothing to resume: the run in {out} is finished, {out / last} is there")
 
-    print(f"WRN-{network.depth}-{network.widen_factor}, source {args.source}, on {args.device}; "
+    print(f"{network.name}, source {args.source}, on {args.device}; "
         f"{', '.join(domains)} at beta = {args.budget:g} of {args.budget_of}; writing to {out}")
     if processes()[1] > 1 and args.device.startswith("cuda"):
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(args.device, memory_format=torch.channels_last)
-    if not given and "backbone" in run.finished:
+    mean, std = MEAN_STD.get(args.source, MEAN_STD["imagenet12"])
+    records = {args.source: {"classes": [*map(str, numbers)], "category_ids": [*numbers], "mean": mean,
+                             "std": std, "mirror": True}} | records | {
+        domain: images.record for domain, images in train.items()}
+    if to_train and "backbone" in run.finished:
         network.load_state_dict(ba2ps.load(out / "backbone.pt")[0].state_dict())
-    elif not given:
+    elif to_train:
         train_backbone(network, train, val, args, run)
-        records = {args.source: train[args.source].record}
-        run.save_model(out / "backbone.pt", network, image_size=args.image_size, domains=records)
-    records = {domain: train[domain].record if domain in train else records[domain]
-               for domain in (args.source, *domains)}
+        run.save_model(out / "backbone.pt", network, image_size=args.image_size, domains={args.source: records[args.source]})
     facts = {name: vars(args)[name] for name in ("image_size", "budget", "budget_of")} | {"domains": records}
     if args.epochs and args.adapt == "all":
         fine_tune(network, domains, train, val, args, run, facts)
     elif args.epochs:
-        for domain in set(network.domains) - set(domains):
-            network.remove_domain(domain)
         for domain in [domain for domain in domains if domain not in network.domains]:
             torch.manual_seed(args.seed)  # a domain starts alike whatever other domains there are
             network.add_domain(domain, len(records[domain]["classes"]))

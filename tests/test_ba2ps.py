@@ -39,7 +39,7 @@ def graph_network():
     """What add_switches makes, with layers that stay shared: GroupNorm and a hidden Linear."""
     layers = [nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 6, 3, 2), nn.BatchNorm2d(6),
               nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 9), nn.Linear(9, 5)]
-    return ba2ps.add_switches(nn.Sequential(*layers).eval(), {"d0": 2, "d1": 3}, "source")
+    return ba2ps.add_switches(nn.Sequential(*layers).eval(), {"d0": 2, "d1": 3}, "source", 20)
 
 
 def switches_of(net, domain):
@@ -191,7 +191,7 @@ def test_what_no_domain_owns_is_frozen_and_a_batch_touches_its_own_domain(make):
 @pytest.mark.parametrize("make", [
     *(lambda name=name: network().add_domain(name, 3) for name in ("d0", "source", "", "a.b", "keys")),
     lambda: ba2ps.WideResNet(27), lambda: network()(torch.zeros(1, 3, 16, 16), "d7"),
-    lambda: ba2ps.prune(network()).add_domain("new", 3), lambda: ba2ps.prune(network(0)),
+    lambda: ba2ps.prune(network(0)),
     lambda: ba2ps.costs(network(), "flops"), lambda: ba2ps.load("none.pt"), lambda: ba2ps.load("/")])
 def test_what_cannot_be_is_refused_in_one_line(make):
     with refused():
@@ -465,15 +465,15 @@ def test_damaged_files_end_in_one_line_that_names_the_file_and_run_no_code(tmp_p
         except ba2ps.InputError as error:
             assert str(path) in str(error) and "\n" not in str(error)
     runs_code = type("RunsCode", (), {"__reduce__": lambda self: (Path.touch, (tmp_path / "ran",))})()
-    keys = ("format", "source", "num_classes", "depth", "widen_factor", "state")
+    keys = ("format", "source", "num_classes", "name", "state")
     wrong = [[1], runs_code, *({k: v for k, v in held.items() if k != key} for key in keys)]
     wrong += [held | {key: value} for key in keys for value in (None, 3.5, 11, [1], {}, runs_code)]
-    name = "bn1.d1.running_var" if held["masks"] is None else "all"
+    name = "all" if net.pruned else "bn1.d1.running_var"
     var = held["state"][name]
     for value in (None, "x", var[1:], var[None], var / 0, var * math.nan):
         wrong.append(held | {"state": held["state"] | {name: value}})
-    for value in (None, torch.zeros(2, 16) > 0, torch.ones(2, 16) > 0, torch.ones(2, 15) > 0):
-        wrong += [held | {"masks": held["masks"] | {"block1.0.conv1": value}}] if held["masks"] else []
+    for value, key in itertools.product((None, torch.ones(2, 15) > 0), ("masks", "kept") * net.pruned):
+        wrong.append(held | {key: held[key] | {"block1.0.conv1": value}})
     for content in wrong:
         torch.save(content, path)
         with refused(path):

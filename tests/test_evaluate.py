@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -108,6 +109,59 @@ def test_labels_come_from_category_ids_whatever_the_folders_and_the_order(root):
     assert not test.labelled and test[0][1] == -1 and len(test.ids) == 6
     with pytest.raises(InputError, match="animals_val.json: the categories are not those"):
         images_of(root, "val", record={**images.record, "category_ids": [7, 17, 28]})
+
+
+def in_folders(root, counts):
+    """A root of folders of linked images, those of draw(root, counts)."""
+    folders = draw(root, counts).with_name("folders")
+    for images in (images_of(root, split) for split in ("train", "val", "test")):
+        for path, label in zip(images.paths, images.labels):
+            kind = images.record["classes"][label] if images.labelled else ""
+            place = folders / "animals" / path.split("/")[-3 if kind else -2] / kind
+            place.mkdir(parents=True, exist_ok=True)
+            (place / Path(path).name).symlink_to(path)
+    shutil.move(folders / "animals/train/emu", root / "emu")
+    (folders / "animals/train/emu").symlink_to(root / "emu")
+    for name in ("cat/.x.jpg", "cat/notes.txt", ".checkpoints/x.jpg"):
+        (folders / "animals/train" / name).parent.mkdir(exist_ok=True)
+        (folders / "animals/train" / name).write_text("no image")
+    return folders
+
+
+def test_folders_give_the_images_of_annotations_with_classes_by_name(root, tmp_path):
+    folders = in_folders(tmp_path / "other", (2, 2, 2))
+    def known(images):
+        return {Path(path).name: (pixels, images.labelled and images.record["classes"][label])
+                for path, (*pixels, label) in zip(images.paths, pixels_of(images))}
+    for split in ("train", "val", "test"):
+        images = images_of(folders, split)
+        assert known(images) == known(images_of(tmp_path / "other", split)) and len(images) == 6
+        assert images.record | {"classes": ["cat", "dog", "emu"], "category_ids": [0, 1, 2]} == images.record
+        assert images.ids == [path.removeprefix(f"{folders}/") for path in images.paths]
+    with pytest.raises(InputError, match="animals/val: the categories are not those of training"):
+        images_of(folders, "val", record={**images.record, "classes": ["cat", "dog", "fox"]})
+    shutil.move(folders / "animals/val/emu", folders / "animals/test/emu")  # with class folders
+    assert images_of(folders, "test").labels == [2, 2] and images_of(folders, "val").labels == [0, 0, 1, 1]
+    assert evaluate.domains_of(folders) == evaluate.domains_of(root) == ["animals"]
+    shutil.move(folders / "animals/val/dog", folders / "animals/val/gnu")
+    (folders / "animals/train/fox").mkdir()
+    for place, split, said in (
+            (folders, "val", "val/gnu: train has no"), (folders, "train", "train/fox: no images"),
+            (tmp_path / "no", "val", "no is no directory: give one with annotations/DOMAIN_train.json")):
+        with pytest.raises(InputError, match=said):
+            images_of(place, split)
+    with pytest.raises(InputError, match="folders/fish/train is missing"):
+        evaluate.Images(folders, "fish", ["train"], 32)
+
+
+def test_without_a_val_folder_the_same_tenth_of_each_class_is_held_out(tmp_path, capsys):
+    folders = in_folders(tmp_path / "root", (16, 1, 1))
+    whole = images_of(folders).ids
+    shutil.rmtree(folders / "animals/val")
+    train, val, both = (images_of(folders, *splits) for splits in (["train"], ["val"], ["train", "val"]))
+    assert val.ids == [whole[i] for i in (4, 14, 20, 30, 36, 46)] and val.labels == [0, 0, 1, 1, 2, 2]
+    assert both.ids == train.ids + val.ids and sorted(both.ids) == sorted(whole)
+    assert capsys.readouterr().out == 2 * "animals: no val folder, 6 of its 48 training images are held out\n"
 
 
 @pytest.mark.parametrize("change, said", [
@@ -381,6 +435,7 @@ def test_measures_are_drawn_against_beta_through_the_means_of_seeds():
     ("odd.pt", "record of strokes"), ("few.pt", "record of strokes"), ("MODEL --baseline MODEL", "model.pt"),
     ("MODEL --json no/r", "no/r"), ("MODEL --workers -1", "--workers"), ("MODEL --cache MODEL", "model"),
     ("MODEL --no-mirror x", "x"), ("MODEL --picture p.jpg", "p.jpg"), ("MODEL --device toaster", "toaster"),
+    ("MODEL --data no", "no is no directory: give one with annotations/DOMAIN_train.json and data/, or"),
     ("--compare MODEL wide.pt", "10-1 and WRN-10-2"), ("--compare MODEL gone.pt --results r", "--results")])
 def test_bad_flags_and_models_end_in_one_line(words, named, model, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
