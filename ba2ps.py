@@ -269,31 +269,29 @@ def add_switches(network, domains, source="imagenet", image_size=224, name=None,
     DomainBatchNorm2d, the last nn.Linear the DomainLinear; all else is shared and frozen, also grouped
     convolutions. Without batch-norm a domain owns switches and classifier alone; a warning says so. domains:
     {name: number of classes}. Its forward, which torch.fx must be able to follow, becomes forward(x, domain).
-    InputError unless it gives `source` what `network` gives, on random images of `image_size`."""
+    InputError unless it gives `source` what `network` gives, on random images of `image_size`.
+    name, options: what torchvision's get_model builds its like from; without, load needs the network."""
     kind, plain, network = type(network).__name__, network, copy.deepcopy(network)
     try:
         graph = Tracer().trace(network)
     except Exception as error:
         raise InputError(f"{kind}: torch.fx cannot follow its forward: {one_line(error)}") from None
     write_out_of_place(network, graph)
-    image, parts = next(iter(graph.nodes)), {
-        node.target: operator.attrgetter(node.target)(network) for node in graph.nodes
-        if node.op in ("call_module", "get_attr")}
-    learned = [node.target for node in graph.nodes if node.op == "call_module"
-               and next(parts[node.target].parameters(), None) is not None]
-    odd = [name for name, layer in network.named_modules()
-           if isinstance(layer, nn.Conv2d) and type(layer) is not nn.Conv2d]
-    for key in (*odd, *(key for key in learned if learned.count(key) > 1)):
-        raise InputError(f"{kind}: {key} " + ("is a subclass of nn.Conv2d: only that itself can have switches"
-                         if key in odd else "is called twice: every call needs a layer of its own"))
-    if not learned or not isinstance(parts[learned[-1]], nn.Linear):
-        raise InputError(f"{kind}: its last layer must be an nn.Linear, which every domain has its own of")
+    parts = {node.target: operator.attrgetter(node.target)(network) for node in graph.nodes
+             if node.op in ("call_module", "get_attr")}
+    learned = [node.target for node in graph.nodes if node.op == "call_module" and [*parts[node.target].parameters()]]
+    for key, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d) and type(layer) is not nn.Conv2d or learned.count(key) > 1:
+            raise InputError(f"{kind}: {key} is called twice or is a subclass of nn.Conv2d: every call needs a "
+                             "plain layer of its own")
+    image = next(iter(graph.nodes))
     with graph.inserting_after(image):
         domain = graph.placeholder("domain")
     raw, stems = {image}, []  # raw: what is made of the image by no layer but batch-norm
     for node in [node for node in graph.nodes if node is not domain]:
-        key, layer = node.target, parts.get(node.target) if node.op == "call_module" else None
-        is_norm, reads_image = isinstance(layer, nn.modules.batchnorm._BatchNorm), raw.issuperset(node.all_input_nodes)
+        key, layer = node.target, layer_of(network, node)
+        is_norm = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        reads_image = raw.issuperset(node.all_input_nodes)
         if reads_image and (is_norm or key not in learned):
             raw.add(node)
         if isinstance(layer, nn.Conv2d) and reads_image:
@@ -306,13 +304,15 @@ def add_switches(network, domains, source="imagenet", image_size=224, name=None,
         elif is_norm:
             parts[key] = DomainBatchNorm2d(layer.num_features)
             parts[key][source] = layer
-        elif key == learned[-1]:
+        elif isinstance(layer, nn.Linear) and key == learned[-1]:
             parts[key] = DomainLinear({source: layer})
         if isinstance(parts.get(key), (SwitchedConv2d, DomainModules)):
             node.args = (*node.args, domain)
-    if not any(isinstance(part, SwitchedConv2d) for part in parts.values()):
-        raise InputError(f"{kind}: no nn.Conv2d reads the channels of another: there is nothing to switch")
-    if not any(isinstance(part, DomainBatchNorm2d) for part in parts.values()):
+    kinds = {type(part) for part in parts.values()}
+    if not {SwitchedConv2d, DomainLinear} <= kinds:
+        raise InputError(f"{kind}: it needs an nn.Conv2d that reads the channels of another layer, for switches, "
+                         "and an nn.Linear at its end, for classifiers")
+    if DomainBatchNorm2d not in kinds:
         warnings.warn(f"{kind} has no batch-norm: a domain owns its switches and its classifier alone")
     network.name, network.options, network.source = name or kind, options, source
     network.image = stems[0].in_channels, image_size
@@ -348,7 +348,7 @@ def write_out_of_place(network, graph):
             node.args, node.kwargs = call.args, call.kwargs
         elif node.target in IN_PLACE:
             node.target = IN_PLACE[node.target]
-        elif node.op == "call_method" and name.endswith("_") and hasattr(torch.Tensor, name[:-1]):
+        elif node.op == "call_method" and name.endswith("_"):
             node.target = name[:-1]
         elif node.op == "call_function" and name.endswith("_") and hasattr(F, name[:-1]):
             node.target = getattr(F, name[:-1])
@@ -402,8 +402,9 @@ def select_moves(network):
             numbers[node] = root, moved
         whole = numbers[root][1]
         if isinstance(moved, torch.Tensor) and moved.dim() > 1 and moved[:, 0].shape == whole[:, 0].shape:
-            place = {number: c for c, number in enumerate(whole[0].flatten(1)[:, 0].tolist())}
-            index = torch.tensor([place.get(row, 0) for row in moved[0].flatten(1)[:, 0].tolist()])
+            place = {number: c for c, number in enumerate(whole[0].view(whole.shape[1], -1)[:, 0].tolist())}
+            firsts = moved[0].reshape(moved.shape[1], -1)[:, 0].tolist()
+            index = torch.tensor([place.get(number, 0) for number in firsts])
             if moved.equal(whole[:, index]):
                 network.add_module(f"select_{len(numbers)}", Select(index, len(place)))
                 with graph.inserting_after(node):
@@ -439,9 +440,10 @@ def check_source(plain, network):
             theirs = seen[0].get(name, ours)
             if mode == "training" and isinstance(theirs, tuple) and not name:
                 theirs = theirs[0]  # auxiliary classifiers are left out
-            if isinstance(ours, torch.Tensor) and not (isinstance(theirs, torch.Tensor) and torch.allclose(
-                    ours, theirs, 1e-3, 1e-4 * theirs.abs().max().item(), equal_nan=True)):
-                raise InputError(f"{network.name}: {name or 'what it yields'} is another one with switches, in "
+            tensors = isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
+            if not (tensors and torch.allclose(ours, theirs, 1e-3, 1e-4 * theirs.abs().max().item(), True)
+                    or name and type(ours) is type(theirs) is tuple):  # as of attention
+                raise InputError(f"{network.name}: {name or 'its output, logits,'} is not the same with switches, in "
                                  f"{mode}: does something write into what it reads, or branch in training?")
         after = net.state_dict()
         for name, value in network.state_dict().items():
@@ -772,12 +774,6 @@ def width(node):
     return value.shape[1] if isinstance(value, torch.Tensor) and value.dim() > 1 else None
 
 
-def joined(node):
-    """The operands of torch.cat(operands, 1), else none."""
-    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    return list(node.args[0]) if node.target is torch.cat and dim == 1 else []
-
-
 def follows(network, node, operand):
     """Whether `node` makes channel c of channel c of `operand` and of no other, of half of them too. It is
     tried: where a channel is not a number, what is made of it must not be one, and the rest must."""
@@ -800,52 +796,55 @@ def follows(network, node, operand):
     return True
 
 
-def channelwise(network, graph):
-    """{node: the operands of whose channel c it makes its channel c}: of batch-norm and depthwise convolution,
-    and of all without weights of which it is found by trying. Any other operand has one channel."""
-    found, network = {}, record(network, graph)
+def channels_of(network, graph):
+    """{node: {operand: (C,) the channel of it that channel c of the node is made of, or -1}}, for the nodes
+    that go with fewer channels too: Select, torch.cat, batch-norm, depthwise convolutions, and what holds no
+    weights if it is found to by trying. What else they read has one channel."""
+    found, meta = {}, record(network, graph)
     for node in graph.nodes:
-        layer, operands = layer_of(network, node), operands_of(node)
-        if isinstance(layer, DomainBatchNorm2d) or (
+        layer, operands, own = layer_of(network, node), operands_of(node), torch.arange(width(node) or 0)
+        if isinstance(layer, Select):
+            found[node] = {operands[0]: layer.index.cpu()}
+        elif node.target is torch.cat and (*node.args[1:], *node.kwargs.values()) == (1,) and (
+                operands == list(node.args[0])):
+            ends = torch.tensor([width(operand) for operand in operands]).cumsum(0)
+            found[node] = {operand: torch.where((own >= end - width(operand)) & (own < end), own - end + width(operand), -1)
+                           for operand, end in zip(operands, ends)}
+        elif isinstance(layer, DomainBatchNorm2d) or (
                 isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels):
-            found[node] = operands
-        elif node.op.startswith("call") and width(node) and not joined(node) and not (
-                layer and (isinstance(layer, Select) or [*layer.parameters()])) and (
-                all(width(operand) and operand.op != "get_attr" for operand in operands)):
-            same = [o for o in operands if width(o) == width(node) and follows(network, node, o)]
+            found[node] = {operands[0]: own}
+        elif node.op.startswith("call") and not (layer and [*layer.parameters()]) and width(node) and all(
+                width(operand) and operand.op != "get_attr" for operand in operands):
+            same = [o for o in operands if width(o) == width(node) and follows(meta, node, o)]
             if same and all(o in same or width(o) == 1 for o in operands):
-                found[node] = same
+                found[node] = dict.fromkeys(same, own)
     return found
 
 
-def reads(network, node, live, read, same):
+def reads(network, node, live, read, made):
     """{operand: mask (C,) of the channels that `node` reads if its own channels `live` are read, or ALL}."""
     layer, operands = layer_of(network, node), operands_of(node)
+    if node in made and live.dim():
+        masks = {operand: torch.zeros(width(operand), dtype=torch.bool).index_fill_(0, at[live & (at >= 0)], True)
+                 for operand, at in made[node].items()}
+        return dict.fromkeys(operands, ALL) | masks
     if isinstance(layer, SwitchedConv2d):
         return {operands[0]: read[node.target]}
     if isinstance(layer, DomainLinear):
-        return {operands[0]: torch.ones(next(iter(layer.values())).in_features, dtype=torch.bool)}
-    if isinstance(layer, Select):
-        chosen = layer.index[live.expand(len(layer.index))]
-        return {operands[0]: torch.zeros(layer.in_channels, dtype=torch.bool).index_fill_(0, chosen, True)}
+        return {operands[0]: torch.ones(width(operands[0]), dtype=torch.bool)}
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         groups = live.expand(layer.out_channels).view(layer.groups, -1).any(1)
         return {operands[0]: groups.repeat_interleave(layer.in_channels // layer.groups)}
-    if joined(node) and live.dim():
-        masks = dict.fromkeys(operands, False)
-        for operand, mask in zip(joined(node), live.split([width(operand) for operand in joined(node)])):
-            masks[operand] = masks[operand] | mask
-        return masks
-    return {operand: live if operand in same.get(node, ()) else ALL for operand in operands}
+    return dict.fromkeys(operands, ALL)
 
 
 def liveness(network, graph, read):
-    """({node: mask (C,) of its channels that are read by anyone, or ALL if it cannot be cut}, channelwise).
+    """({node: mask (C,) of its channels that anyone reads, or ALL if it cannot be cut}, channels_of).
     read: {switched layer: (C_in,) bool, what it reads}."""
-    live, same = {}, channelwise(network, graph)
+    live, made = {}, channels_of(network, graph)
     for node in reversed(graph.nodes):
         layer = layer_of(network, node)
-        if node not in live or not (node in same or joined(node) or isinstance(layer, (Select, nn.Conv2d))):
+        if node not in live or not (node in made or isinstance(layer, nn.Conv2d)):
             live[node] = ALL
         elif live[node].dim():
             live[node][0] |= not live[node].any()  # a layer that nobody reads keeps a channel
@@ -853,19 +852,19 @@ def liveness(network, graph, read):
                 groups = live[node].view(layer.groups, -1).int()
                 most = groups.argsort(dim=1, descending=True, stable=True)[:, :groups.sum(1).max()]
                 live[node] = groups.bool().scatter(1, most, groups.any(1, keepdim=True).expand_as(most)).flatten()
-        for operand, mask in reads(network, node, live[node], read, same).items():
+        for operand, mask in reads(network, node, live[node], read, made).items():
             before = live.get(operand, ~ALL)
             live[operand] = before | mask if mask.dim() and (before.dim() or not before) else ALL
-    return live, same
+    return live, made
 
 
 @torch.no_grad()
-def cut(network, domains, read, arrange=lambda graph, live, same: {}):
+def cut(network, domains, read, arrange=lambda graph, live, made: {}):
     """A copy of `network` for `domains`, in which every layer has the channels left that are read; see
     liveness. arrange(...): {node: (C,) rank of its channels}, their order in the copy; default, as it is."""
     old, graph, modules, new = Tracer().trace(network), fx.Graph(), {}, {}
-    live, same = liveness(network, old, read)
-    ranks = arrange(old, live, same)
+    live, made = liveness(network, old, read)
+    ranks = arrange(old, live, made)
 
     def order(node, mask):
         """Where `mask` (C,) is true, in the order of the channels of the copy of `node`: int64."""
@@ -883,37 +882,40 @@ def cut(network, domains, read, arrange=lambda graph, live, same: {}):
         return graph.call_module(name, (new[operand],))
 
     for node in old.nodes:
-        layer, copies, wanted = copy.deepcopy(layer_of(network, node)), dict(new), slice(None)
+        layer, taken, wanted = copy.deepcopy(layer_of(network, node)), {}, slice(None)
+        its = order(node, live[node].expand(width(node))) if width(node) else wanted  # what is left of it
+        for operand, mask in reads(network, node, live[node], read, made).items():
+            if mask.dim() or isinstance(layer, Select):
+                wanted = order(operand, mask)
+                if node in made:
+                    wanted = made[node][operand][its]
+                elif getattr(layer, "groups", 1) > 1:
+                    wanted = mask.nonzero().flatten()  # filter by filter as they were
+                if (wanted >= 0).any():
+                    taken[operand] = take(operand, wanted[wanted >= 0])
         if isinstance(layer, Select):
-            new[node] = take(node.args[0], layer.index[order(node, live[node].expand(len(layer.index)))])
-            continue
-        if joined(node) and live[node].dim():
-            masks = live[node].split([width(operand) for operand in joined(node)])
-            new[node] = graph.call_function(torch.cat, ([
-                take(operand, mask.nonzero().flatten()) for operand, mask in zip(joined(node), masks) if mask.any()], 1))
-            continue
-        for operand, mask in reads(network, node, live[node], read, same).items():
-            if mask.dim():
-                if isinstance(wanted, slice):  # groups stay as they are
-                    wanted = order(operand, mask) if node in same or getattr(layer, "groups", 1) == 1 else mask.nonzero().flatten()
-                copies[operand] = take(operand, wanted)
-        if isinstance(layer, nn.Conv2d):
-            cut_conv(layer, wanted, order(node, live[node].expand(layer.out_channels)))
-        elif isinstance(layer, DomainBatchNorm2d):
-            for norm in layer.values():
-                for rows in [rows for rows in (*norm.parameters(), *norm.buffers()) if rows.dim()]:
-                    rows.data = rows.data[wanted]
-                norm.num_features = len(norm.running_mean)
-        elif isinstance(layer, DomainLinear):
-            for linear in layer.values():
-                linear.weight = nn.Parameter(linear.weight[:, wanted])
-        if node.op in ("call_module", "get_attr"):
-            modules[node.target] = layer or operator.attrgetter(node.target)(network)
-        new[node] = graph.node_copy(node, copies.get)
+            new[node] = taken[node.args[0]]
+        elif node.target is torch.cat and taken:
+            new[node] = graph.call_function(torch.cat, ([*taken.values()], 1))
+        else:
+            if isinstance(layer, nn.Conv2d):
+                cut_conv(layer, wanted, its)
+            elif isinstance(layer, DomainBatchNorm2d):
+                for norm in layer.values():
+                    for rows in [rows for rows in (*norm.parameters(), *norm.buffers()) if rows.dim()]:
+                        rows.data = rows.data[wanted]
+                        norm.num_features = len(rows)
+            elif isinstance(layer, DomainLinear):
+                for linear in layer.values():
+                    linear.weight = nn.Parameter(linear.weight[:, wanted])
+            if node.op in ("call_module", "get_attr"):
+                modules[node.target] = layer or operator.attrgetter(node.target)(network)
+            new[node] = graph.node_copy(node, (new | taken).get)
     pruned = GraphNetwork(modules, graph, network, True)
     for domain in [domain for domain in pruned.classifiers if domain not in domains]:
         pruned.remove_domain(domain)
-    return pruned
+    device = next(network.parameters()).device
+    return pruned if device.type == "meta" else pruned.to(device)  # Select has its index there
 
 
 def cut_conv(conv, channels, filters):

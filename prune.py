@@ -32,7 +32,7 @@ import ba2ps
 
 # -------- dense networks ------------------------------------------------------------------------------------
 
-def arrange(network, read, graph, live, same):
+def arrange(network, read, graph, live, made):
     """{node: (C,) rank of its channels} for ba2ps.cut, such that layers find what they read side by side.
 
     A slice is nearly free, a gather is not. Channels are sorted by who reads them, the last reader first, as
@@ -42,25 +42,21 @@ def arrange(network, read, graph, live, same):
     """
     tied = {}  # node: (root, whose channels these are, (C,) the position there of each of its own)
     for node in [node for node in graph.nodes if live[node].dim()]:
-        layer, lead = ba2ps.layer_of(network, node), same.get(node, [None])[0]
-        places = [tied[operand] for operand in same.get(node, ()) if operand in tied]
-        if isinstance(layer, ba2ps.Select):
-            if node.args[0] in tied:
-                root, at = tied[node.args[0]]
-                tied[node] = root, at[layer.index]
-        elif lead:
+        its, places = made.get(node, {}), [tied[operand] for operand in made.get(node, ()) if operand in tied]
+        if its and all((at >= 0).all() for at in its.values()):
             root, at = max(places, key=lambda place: len(live[place[0]]), default=(None, None))
             for other, own in places:  # what a convolution adds to a stream takes the stream's order
                 if other is not root and len(live[other]) == len(at):
                     at_root = at[own.argsort()]
                     tied |= {n: (root, at_root[its]) for n, (r, its) in tied.items() if r is other}
-            if lead in tied:
-                tied[node] = tied[lead]
-        elif getattr(layer, "groups", 0) == 1:
+            first, at = next(iter(its.items()))
+            if first in tied:
+                tied[node] = tied[first][0], tied[first][1][at]
+        elif getattr(ba2ps.layer_of(network, node), "groups", 0) == 1:
             tied[node] = node, torch.arange(len(live[node]))
     readers = {root: [] for root, _ in tied.values()}  # root: [(C,) what a node reads of it], the last first
     for node in reversed(graph.nodes):
-        for operand, mask in ba2ps.reads(network, node, live[node], read, same).items():
+        for operand, mask in ba2ps.reads(network, node, live[node], read, made).items():
             if operand in tied:
                 root, at = tied[operand]
                 its = torch.zeros_like(live[root])

@@ -105,23 +105,6 @@ def test_exactly_what_cannot_change_any_logit_is_gone():
         assert channels(ba2ps.prune(net, domains)) == brute_force(net, domains)
 
 
-@pytest.mark.parametrize("name, dtype, most", [  # most: weights of convolutions that are left
-    ("resnet18", torch.float, 0.5), ("vgg16_bn", torch.double, 0.4), ("densenet121", torch.float, 0.6),
-    ("googlenet", torch.double, 0.5), ("shufflenet_v2_x0_5", torch.double, 0.7)])
-def test_networks_of_torchvision_are_pruned_as_exactly(name, dtype, most):
-    models = pytest.importorskip("torchvision.models")
-    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-    plain = models.get_model(name, num_classes=6, **options).eval()
-    if name == "vgg16_bn":  # its head would take most of the time
-        plain.avgpool, plain.classifier = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Linear(512, 6))
-    net = randomised(ba2ps.add_switches(plain, {"a": 3, "b": 4}, "photos", 64), 0.4).to(dtype)
-    small, shapes = ba2ps.prune(net, ["a"]), [(2, 3, 33, 47)]
-    assert_same(small, net, ["a"], shapes)
-    assert_same(prune.dense(small), net, ["a"], shapes)
-    assert_same(prune.dense(net, "photos"), net, ["photos"], shapes)
-    assert size(small) < most * size(net)
-
-
 class Odd(nn.Module):
     """What the pass does not know reads all: a product, a concatenation, a grouped convolution, a view."""
 
