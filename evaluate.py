@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.datasets.folder import is_image_file, make_dataset
+from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import functional as TF
 
 import ba2ps
@@ -90,7 +90,8 @@ class Images:
             domains_of(root)  # refuses a root that has neither layout
             path, key = Path(root, self.domain, split), "classes"
         with ba2ps.reading(path):
-            content = self.folders(path) if key == "classes" else json.loads(path.read_text("utf-8"))
+            content = (self.folders(path.parent, split) if key == "classes" else
+                       json.loads(path.read_text("utf-8")))
             names = {image["id"]: image["file_name"] for image in content["images"]}
             classes = dict(sorted((c["id"], str(c["name"])) for c in content["categories"]))
             labels = {a["image_id"]: a["category_id"] for a in content.get("annotations", ())}
@@ -112,32 +113,29 @@ class Images:
         position = {category: k for k, category in enumerate(classes)}
         self.labels += [position.get(labels.get(number), -1) for number in names]
 
-    def folders(self, folder):
+    def folders(self, home, split):
         """What annotations would say of DOMAIN/SPLIT/CLASS/*.jpg. The classes are those of train, by name.
         Without val, a fixed tenth of each class of train is val. A test without classes has no labels."""
-        home, split, starts = folder.parent, folder.name, {}
-        held_out = split != "test" and not os.path.lexists(home / "val")
-        folder = home / ("train" if held_out else split)
-        with ba2ps.reading(home / "train"):
-            classes = sorted(f.name for f in Path(home, "train").iterdir() if f.is_dir() and f.name[0] != ".")
-        numbers = {name: k for k, name in enumerate(classes)}
-        files = make_dataset(home, {folder.name: 0}, None, is_image_file, allow_empty=True)
-        rows = sorted(Path(file).relative_to(home.parent).parts for file, _ in files)
-        rows = [row for row in rows if not any(part[0] == "." for part in row)]
-        deep = [row for row in rows if len(row) > 3]  # (domain, split, class, ..., file)
-        found = {row[2] for row in deep}
-        wrong, why = (({*classes} - found, "no images") if folder.name == "train" else
-                      (found - {*classes}, "train has no such class"))
-        check(classes and not wrong, f"{folder / min(wrong, default='')}: {why}")
-        kept = [row for i, row in enumerate(deep) if not held_out
-                or ((i - starts.setdefault(row[2], i)) % 10 == 4) == (split == "val")]
+        classes = sorted(path.name for path in (home / "train").iterdir() if path.is_dir())
+        classes = [name for name in classes if name[0] != "."]
+        held_out = split != "test" and not (home / "val").is_dir()
+        folder, kept, seen = home / ("train" if held_out else split), {}, {}
+        for path in sorted(Path(place, file) for place, _, files in os.walk(folder, followlinks=True)
+                           for file in files if is_image_file(file)):
+            kind, *rest = path.relative_to(folder).parts  # class, ..., file
+            if not any(part[0] == "." for part in (kind, *rest)):
+                seen[kind] = seen.get(kind, 0) + 1
+                if not held_out or (seen[kind] % 10 == 5) == (split == "val"):
+                    kept[path.relative_to(home.parent).as_posix()] = kind if rest else None
         if held_out and split == "val":
-            print(f"{home.name}: no val folder, {len(kept)} of its {len(deep)} training images are held out")
-        names = {"/".join(row): row[2] for row in (kept if deep or split != "test" else rows)}
-        return {"images": [{"id": name, "file_name": name} for name in names],
-                "categories": [{"id": k, "name": name} for name, k in numbers.items()],
-                **({"annotations": [{"image_id": name, "category_id": numbers[kind]}
-                                    for name, kind in names.items()]} if deep else {})}
+            print(f"{home.name}: no val folder, {len(kept)} of its {sum(seen.values())} images of train are it")
+        labelled = {name: kind for name, kind in kept.items() if kind}
+        content = {"images": [{"id": name, "file_name": name} for name in labelled or kept],
+                   "categories": [{"id": k, "name": name} for k, name in enumerate(classes)]}
+        if labelled:
+            content["annotations"] = [{"image_id": name, "category_id": [*classes, kind].index(kind)}
+                                      for name, kind in labelled.items()]
+        return content
 
     def decode(self, workers=0):
         """Map the pixels, after decoding, in so many processes, what is not in the cache. Returns self."""

@@ -381,7 +381,7 @@ def parse():
 def pretrained(args):
     """A torchvision network with --weights, and the options with which get_model builds its like."""
     from torchvision.models import get_model, get_model_weights
-    with ba2ps.reading(f"--weights {args.weights}"):
+    with ba2ps.reading(f"--network {args.network} --weights {args.weights}"):
         if args.weights == "DEFAULT":
             plain = get_model(args.network, weights="DEFAULT")
             kept = {key: getattr(plain, key) for key in ("aux_logits", "transform_input") if hasattr(plain, key)}
@@ -448,9 +448,12 @@ def main():
                 if not sets[domain].labelled:
                     raise InputError(f"{domain} has no labels in {' '.join(splits)}: training needs them")
                 sets[domain].decode(args.workers)
+    if numbers and args.source in train and len(train[args.source].record["classes"]) != len(numbers):
+        raise InputError(f"--weights {args.weights} has {len(numbers)} classes, other than {args.source}")
     if to_train:
         options = {"num_classes": len(train[args.source].record["classes"])}
-        network = ba2ps.build(args.network, options, args.source, **options)
+        with ba2ps.reading(f"--network {args.network}"):
+            network = ba2ps.build(args.network, options, args.source, **options)
     if not isinstance(network, ba2ps.MultiDomain):
         network = ba2ps.add_switches(network, {}, args.source, args.image_size, args.network, options)
     ba2ps.Switches(network, [], args.budget, args.budget_of, args.image_size)  # refuses what cannot be held

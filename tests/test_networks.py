@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Networks of others: what add_switches keeps or refuses, what pruning leaves of them, files, README's script."""
+"""Networks of others: what add_switches keeps and refuses, what is pruned, files, scripts, README's loop."""
 import copy
 import re
 
@@ -18,10 +18,10 @@ NAMES = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5",
          "regnet_y_400mf", "DenseNet")
 
 
-def build(name):
+def build(name, number=6):
     if name == "DenseNet":  # a small one, which only its owner can build
         return torchvision.models.DenseNet(8, (3, 3), 16, 2, 0.5, 6)
-    return torchvision.models.get_model(name, num_classes=6)
+    return torchvision.models.get_model(name, num_classes=number)
 
 
 @torch.no_grad()
@@ -186,3 +186,98 @@ def test_networks_without_a_classifier_or_batch_norm_say_so():
             ba2ps.add_switches(torchvision.models.get_model(name), {}, "photos", 224)
     with pytest.warns(UserWarning, match="no batch-norm"):
         ba2ps.add_switches(with_layer(Net(), "norm", nn.Identity()), {}, "photos", 16)
+
+
+X = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Folders of noisy images in two colours, of three domains; the weights of a resnet18 in a file beside."""
+    root, noise = tmp_path_factory.mktemp("photos"), torch.Generator().manual_seed(0)
+    for domain, split in ((d, s) for d in ("photos", "signs", "digits") for s in ("train", "val", "test")):
+        for label, i in ((label, i) for label in range(2) for i in range(4)):
+            path = root / domain / split / f"class {label}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = torch.randint(64, (3, 40, 40), generator=noise) + 150 * label
+            torchvision.utils.save_image(pixels / 255, path)
+    torch.save(build("resnet18", 2).state_dict(), root.with_suffix(".pt"))
+    return root
+
+
+@torch.no_grad()
+def logits(path, domain):
+    return ba2ps.load(path)[0].eval()(X, domain)
+
+
+def test_the_scripts_take_a_network_of_torchvision_folders_and_a_domain_that_comes_later(photos, tmp_path, script):
+    def run(name, *words):
+        code, out, err = script(name, *words)
+        assert code == 0, err
+        return out
+    common = ["--data", photos, "--epochs", 2, "--batch-size", 4, "--recipe", "settled", "--budget", 0.5, "--lr", 0.01]
+    run("train.py", *common, "--network", "resnet18", "--weights", photos.with_suffix(".pt"), "--source", "photos",
+        "--image-size", 32, "--domains", "signs", "--out", tmp_path / "first")
+    model, small, later = tmp_path / "first/model.pt", tmp_path / "small.pt", tmp_path / "later/model.pt"
+    network, facts = ba2ps.load(model)
+    assert (network.name, network.options, network.domains) == ("resnet18", {"num_classes": 2}, ["signs"])
+    assert "signs" in run("evaluate.py", model, "--picture", tmp_path / "p.png", "--json", tmp_path / "r.json")
+    run("prune.py", model, "--out", small)  # with the table of latency
+    one = run("prune.py", model, "--domain", "signs", "--export", tmp_path / "m.pt2", "--no-latency")
+    assert "signs" in one and ba2ps.load(small)[0].pruned
+    for start in (model, small):  # to a finished model, pruned or not
+        run("train.py", *common, "--start-from", start, "--domains", "digits", "--out", later.parent)
+        both, known = ba2ps.load(later)
+        assert both.domains == ["signs", "digits"] and known["domains"].keys() >= {*both.domains}
+        assert torch.equal(logits(later, "signs"), logits(start, "signs"))  # bit for bit
+        assert both.pruned == (start == small) and ba2ps.usage(both, "channels")["digits"] <= 0.5 + 1e-9
+        for name, on in ba2ps.masks(both).items():
+            assert both.pruned <= bool((on[0] | ~on[1]).all())  # it chose among the channels that are left
+        assert "digits" in run("evaluate.py", later, "--skip-source")
+        run("prune.py", later, "--out", tmp_path / "again.pt", "--no-latency")
+        torch.testing.assert_close(logits(tmp_path / "again.pt", "digits"), logits(later, "digits"))
+    assert "nothing to resume" in run("train.py", *common, "--start-from", small, "--domains", "digits", "--resume",
+                                      "--out", later.parent)
+    run("evaluate.py", "--compare", model, later, "--data", photos)
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--network", "resnet19"], "--network resnet19"), (["--network", "squeezenet1_0", "--weights", "none"], "nn.Linear"),
+    (["--network", "resnet18", "--weights", "no.pt"], "no.pt"), (["--weights", "no.pt"], "--weights"),
+    (["--network", "resnet18", "--weights", "OTHER"], "OTHER"), (["--network", "WRN-10-x"], "WRN-10-x"),
+    (["--network", "mobilenet_v2", "--weights", "WEIGHTS"], "WEIGHTS"),
+    (["--network", "resnet18", "--depth", "10"], "--depth"), (["--domains", "cats"], "cats")])
+def test_bad_networks_and_weights_are_named_and_nothing_is_written(words, named, photos, tmp_path, refused):
+    places = {"WEIGHTS": photos.with_suffix(".pt"), "OTHER": photos / "signs/test/class 0/0.png"}
+    words = [places.get(word, word) for word in words]
+    refused("train.py", "--data", photos, "--source", "photos", "--image-size", 32, "--out", tmp_path / "run", *words,
+            named=places.get(named, named))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_of_ones_own_needs_it_again_and_the_same(tmp_path):
+    net, other = ba2ps.add_switches(Net(), {"a": 3}, "photos", 16), Net(channels=1)
+    for saved in (net, ba2ps.prune(net)):
+        ba2ps.save(tmp_path / "m.pt", saved, note="x")
+        for backbone, said in ((None, "backbone=Net"), (other, "m.pt"), (build("resnet18"), "m.pt")):
+            with pytest.raises(ba2ps.InputError, match=rf"\A[^\n]*{said}[^\n]*\Z"):
+                ba2ps.load(tmp_path / "m.pt", backbone)
+        again, facts = ba2ps.load(tmp_path / "m.pt", Net())
+        assert facts == {"note": "x"} and torch.equal(again.eval()(X, "a"), saved.eval()(X, "a"))
+
+
+def test_the_loop_of_the_readme_as_printed(photos, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").symlink_to(photos)
+    plain = torchvision.models.resnet18()
+    monkeypatch.setattr(torchvision.models, "resnet18", lambda weights=None: plain)  # nothing is fetched here
+    assert code.count("\n") <= 35 and "epochs = 20" in code
+    space = {}
+    exec(code.replace("epochs = 20", "epochs = 2").replace("224", "64"), space)
+    small, x = space["small"], torch.randn(2, 3, 64, 64)
+    assert all(use <= 0.5 + 1e-9 for use in ba2ps.usage(small, "channels").values())
+    again, _ = ba2ps.load("small.pt", backbone=plain)
+    program = torch.export.load("signs.pt2").module()
+    for its in (again.eval()(x, "signs"), program(x), space["signs"](x)):
+        torch.testing.assert_close(its, small.eval()(x, "signs"), rtol=1e-4, atol=1e-4)
