@@ -279,24 +279,25 @@ def add_switches(network, domains, source="imagenet", image_size=224, name=None,
     write_out_of_place(network, graph)
     parts = {node.target: operator.attrgetter(node.target)(network) for node in graph.nodes
              if node.op in ("call_module", "get_attr")}
-    learned = [node.target for node in graph.nodes if node.op == "call_module" and [*parts[node.target].parameters()]]
+    learned = [node.target for node in graph.nodes
+               if node.op == "call_module" and [*parts[node.target].parameters()]]
     for key, layer in network.named_modules():
         if isinstance(layer, nn.Conv2d) and type(layer) is not nn.Conv2d or learned.count(key) > 1:
-            raise InputError(f"{kind}: {key} is called twice or is a subclass of nn.Conv2d: every call needs a "
-                             "plain layer of its own")
+            raise InputError(f"{kind}: {key} is called twice or is a subclass of nn.Conv2d: every call needs "
+                             "a plain layer of its own")
     image = next(iter(graph.nodes))
     with graph.inserting_after(image):
         domain = graph.placeholder("domain")
     raw, stems = {image}, []  # raw: what is made of the image by no layer but batch-norm
     for node in [node for node in graph.nodes if node is not domain]:
         key, layer = node.target, layer_of(network, node)
-        is_norm = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        is_conv, is_norm = isinstance(layer, nn.Conv2d), isinstance(layer, nn.modules.batchnorm._BatchNorm)
         reads_image = raw.issuperset(node.all_input_nodes)
         if reads_image and (is_norm or key not in learned):
             raw.add(node)
-        if isinstance(layer, nn.Conv2d) and reads_image:
+        if is_conv and reads_image:
             stems.append(layer)
-        elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
+        elif is_conv and layer.groups == 1:
             parts[key] = SwitchedConv2d(
                 layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
                 layer.dilation, bias=layer.bias is not None, padding_mode=layer.padding_mode, device="meta")
@@ -310,8 +311,8 @@ def add_switches(network, domains, source="imagenet", image_size=224, name=None,
             node.args = (*node.args, domain)
     kinds = {type(part) for part in parts.values()}
     if not {SwitchedConv2d, DomainLinear} <= kinds:
-        raise InputError(f"{kind}: it needs an nn.Conv2d that reads the channels of another layer, for switches, "
-                         "and an nn.Linear at its end, for classifiers")
+        raise InputError(f"{kind} needs an nn.Conv2d that reads another layer's channels, for switches, and "
+                         "an nn.Linear at its end, for classifiers")
     if DomainBatchNorm2d not in kinds:
         warnings.warn(f"{kind} has no batch-norm: a domain owns its switches and its classifier alone")
     network.name, network.options, network.source = name or kind, options, source
@@ -329,10 +330,6 @@ def add_switches(network, domains, source="imagenet", image_size=224, name=None,
     return result
 
 
-IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
-            operator.itruediv: operator.truediv}
-
-
 def write_out_of_place(network, graph):
     """Let no node change what it reads: what reads that later reads what the node yields instead. Pruning may
     copy channels in between, or make what is written into a part of something larger."""
@@ -346,11 +343,11 @@ def write_out_of_place(network, graph):
         elif call and call.arguments.get("inplace"):
             call.arguments["inplace"] = False
             node.args, node.kwargs = call.args, call.kwargs
-        elif node.target in IN_PLACE:
-            node.target = IN_PLACE[node.target]
-        elif node.op == "call_method" and name.endswith("_"):
+        elif node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+            node.target = getattr(operator, name[1:])
+        elif node.op == "call_method" and name[-1] == "_":
             node.target = name[:-1]
-        elif node.op == "call_function" and name.endswith("_") and hasattr(F, name[:-1]):
+        elif node.op == "call_function" and name[-1] == "_":
             node.target = getattr(F, name[:-1])
         else:
             continue
@@ -366,6 +363,7 @@ class Recorder(fx.Interpreter):
 
 
 def record(network, graph):
+    """Record `graph` for images that `network` can read; returns the copy that ran, in eval mode."""
     (channels, size), meta = network.image, copy.deepcopy(network).to("meta").eval()
     images = next(meta.parameters()).new_zeros(2, channels, size, size)
     Recorder(meta, graph=graph).run(images, next(iter(network.classifiers)))
@@ -381,8 +379,8 @@ def compute(network, node, values):
 
 
 def select_moves(network):
-    """Replace what only moves channels (a chunk, a slice, a shuffle by views) by a Select of them. It is found
-    by numbering the values of a tensor: the numbers that come out tell which channels these are."""
+    """Replace what only moves channels (a chunk, a slice, a shuffle by views) by a Select of them. They are
+    found by numbering the values of a tensor: the numbers that come out tell which channels these are."""
     graph, numbers = network.graph, {}  # {node: (root, which values of the root it has)}
     record(network, graph)
     for node in list(graph.nodes):
@@ -393,15 +391,15 @@ def select_moves(network):
             continue
         root, before = numbers[inputs[0]]
         moved = compute(network, node, lambda n: before if n is inputs[0] else n.meta["value"])
-        if isinstance(moved, torch.Tensor):
-            same = isinstance(before, torch.Tensor) and moved.shape == before.shape and moved.equal(before)
-            if same and node.target != "contiguous" or moved.max() >= 0 or (
-                    len(moved.unique()) < moved.numel() or (moved % 1).any()):
-                continue  # not all that comes out are values of the root, each once: it computes
-        if isinstance(moved, (torch.Tensor, tuple, list)):
+        if isinstance(moved, (tuple, list)):
             numbers[node] = root, moved
-        whole = numbers[root][1]
-        if isinstance(moved, torch.Tensor) and moved.dim() > 1 and moved[:, 0].shape == whole[:, 0].shape:
+        if not isinstance(moved, torch.Tensor) or moved.max() >= 0 or (moved % 1).any() or (
+                len(moved.unique()) < moved.numel()):
+            continue  # other than values of the root, each once, come out: it computes
+        if node.target != "contiguous" and isinstance(before, torch.Tensor) and torch.equal(moved, before):
+            continue  # as dropout in evaluation
+        numbers[node], whole = (root, moved), numbers[root][1]
+        if moved.dim() > 1 and moved[:, 0].shape == whole[:, 0].shape:
             place = {number: c for c, number in enumerate(whole[0].view(whole.shape[1], -1)[:, 0].tolist())}
             firsts = moved[0].reshape(moved.shape[1], -1)[:, 0].tolist()
             index = torch.tensor([place.get(number, 0) for number in firsts])
@@ -420,22 +418,21 @@ def check_source(plain, network):
     """InputError, with the layer where it begins, unless the source gets what `plain` computes, in training
     too, and unless all that changes in training without a gradient is a domain's own."""
     (channels, size), weight = network.image, next(plain.parameters())
-    images = torch.randn(2, channels, size, size).to(weight)
+    images, state = torch.randn(2, channels, size, size).to(weight), network.state_dict()
     for mode in ("evaluation", "training") if not weight.is_meta else ():
         seen = []
         for net, words in ((plain, ()), (network, (network.source,))):
-            net = copy.deepcopy(net).train(mode == "training")
-            seen.append({})
-
-            def keep(module, inputs, y, names={module: name for name, module in net.named_modules()}, its=seen[-1]):
-                its.setdefault(names[module], copy.deepcopy(y))
-            for module in net.modules():
+            net, its = copy.deepcopy(net).train(mode == "training"), {}
+            for name, module in net.named_modules():
+                def keep(module, inputs, y, name=name, its=its):
+                    its.setdefault(name, copy.deepcopy(y))
                 module.register_forward_hook(keep)
                 if isinstance(getattr(module, "p", None), float):  # of dropout: auxiliary ones draw as well
                     module.p = 0.0
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 net(images, *words)
+            seen.append(its)
         for name, ours in seen[1].items():
             theirs = seen[0].get(name, ours)
             if mode == "training" and isinstance(theirs, tuple) and not name:
@@ -443,11 +440,11 @@ def check_source(plain, network):
             tensors = isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
             if not (tensors and torch.allclose(ours, theirs, 1e-3, 1e-4 * theirs.abs().max().item(), True)
                     or name and type(ours) is type(theirs) is tuple):  # as of attention
-                raise InputError(f"{network.name}: {name or 'its output, logits,'} is not the same with switches, in "
-                                 f"{mode}: does something write into what it reads, or branch in training?")
-        after = net.state_dict()
-        for name, value in network.state_dict().items():
-            if network.source not in name.split(".") and not torch.equal(value, after[name]):
+                name = name or "its output, logits,"
+                raise InputError(f"{network.name}: {name} is not the same with switches, in {mode}: does "
+                                 "something write into what it reads, or branch in training?")
+        for name, value in net.state_dict().items():
+            if network.source not in name.split(".") and not torch.equal(value, state[name]):
                 raise InputError(f"{network.name}: {name} changes in training, but all domains share it")
 
 
@@ -493,9 +490,10 @@ class Switches:
     rows: {domain: (M,) parameter}, of which the layers' switches are views: an optimizer and the losses see
     one tensor, where WRN-28 has 27 layers. The layers' gradients are their own until `step` adds them.
     budget: beta, in the measure `of` (see costs). sharing: lambda_PS, 0 for none (BA2), or "learned": raised
-    while the domains share too little; other domains of the network take part in it and stay as they are. form: see sharing_loss. share_to: "current": the sharing loss moves
-    the batch's domains alone. rate: step of the prices. settle: share of the run after which every domain's
-    least switches go off until its budget holds, and no switch moves any more; None: never."""
+    while the domains share too little. Other domains of the network count in the sharing loss, and stay as
+    they are. form: see sharing_loss. share_to: "current": the sharing loss moves the batch's domains alone.
+    rate: step of the prices. settle: share of the run after which every domain's least switches go off until
+    its budget holds, and no switch moves any more; None: never."""
 
     def __init__(self, network, domains, budget, of="channels", image_size=None, sharing=1.0,
                  form="intersection", share_to="all", rate=0.3, settle=None):
@@ -786,7 +784,9 @@ def follows(network, node, operand):
                 return n.meta["value"]
             own = channels if width(n) == width(operand) else width(n)
             x = torch.ones(len(codes), own, *n.meta["value"].shape[2:])
-            return torch.where(codes.view(*codes.shape, *[1] * (x.dim() - 2)), math.nan, x) if n is operand else x
+            if n is operand:
+                x[codes] = math.nan
+            return x
         try:
             made = compute(network, node, values).isnan().reshape(*codes.shape, -1).any(2)
         except (AttributeError, RuntimeError, TypeError):  # it wants another number of channels
@@ -807,9 +807,9 @@ def channels_of(network, graph):
             found[node] = {operands[0]: layer.index.cpu()}
         elif node.target is torch.cat and (*node.args[1:], *node.kwargs.values()) == (1,) and (
                 operands == list(node.args[0])):
-            ends = torch.tensor([width(operand) for operand in operands]).cumsum(0)
-            found[node] = {operand: torch.where((own >= end - width(operand)) & (own < end), own - end + width(operand), -1)
-                           for operand, end in zip(operands, ends)}
+            sides = own.split([width(operand) for operand in operands])
+            found[node] = {operand: torch.where(torch.isin(own, side), own - side[0], -1)
+                           for operand, side in zip(operands, sides)}
         elif isinstance(layer, DomainBatchNorm2d) or (
                 isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels):
             found[node] = {operands[0]: own}
@@ -825,9 +825,8 @@ def reads(network, node, live, read, made):
     """{operand: mask (C,) of the channels that `node` reads if its own channels `live` are read, or ALL}."""
     layer, operands = layer_of(network, node), operands_of(node)
     if node in made and live.dim():
-        masks = {operand: torch.zeros(width(operand), dtype=torch.bool).index_fill_(0, at[live & (at >= 0)], True)
-                 for operand, at in made[node].items()}
-        return dict.fromkeys(operands, ALL) | masks
+        return dict.fromkeys(operands, ALL) | {
+            operand: torch.isin(torch.arange(width(operand)), at[live]) for operand, at in made[node].items()}
     if isinstance(layer, SwitchedConv2d):
         return {operands[0]: read[node.target]}
     if isinstance(layer, DomainLinear):
@@ -851,7 +850,8 @@ def liveness(network, graph, read):
             if getattr(layer, "groups", 1) > 1:  # groups go whole, or all keep as many filters
                 groups = live[node].view(layer.groups, -1).int()
                 most = groups.argsort(dim=1, descending=True, stable=True)[:, :groups.sum(1).max()]
-                live[node] = groups.bool().scatter(1, most, groups.any(1, keepdim=True).expand_as(most)).flatten()
+                there = groups.any(1, keepdim=True).expand_as(most)
+                live[node] = groups.bool().scatter(1, most, there).flatten()
         for operand, mask in reads(network, node, live[node], read, made).items():
             before = live.get(operand, ~ALL)
             live[operand] = before | mask if mask.dim() and (before.dim() or not before) else ALL
@@ -1027,7 +1027,8 @@ def load(path, backbone=None):
             raise ValueError("no checkpoint of this version: give one of train.py or prune.py")
         name, options, image, classes, source, state = (
             facts.pop(key) for key in ("name", "options", "image", "num_classes", "source", "state"))
-        kept, on, domains = facts.pop("kept", None), facts.pop("masks", None), [d for d in classes if d != source]
+        kept, on = facts.pop("kept", None), facts.pop("masks", None)
+        domains = [domain for domain in classes if domain != source]
         network = copy.deepcopy(backbone) or build(name, options, source, classes.get(source, 1))
         network.to("meta")
         if not isinstance(network, WideResNet):

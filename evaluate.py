@@ -128,7 +128,7 @@ class Images:
                 if not held_out or (seen[kind] % 10 == 5) == (split == "val"):
                     kept[path.relative_to(home.parent).as_posix()] = kind if rest else None
         if held_out and split == "val":
-            print(f"{home.name}: no val folder, {len(kept)} of its {sum(seen.values())} images of train are it")
+            print(f"{home.name}: no val folder, {len(kept)} of {sum(seen.values())} images are held out")
         labelled = {name: kind for name, kind in kept.items() if kind}
         content = {"images": [{"id": name, "file_name": name} for name in labelled or kept],
                    "categories": [{"id": k, "name": name} for k, name in enumerate(classes)]}

@@ -5,8 +5,8 @@
   python train.py --data DIR --backbone backbone.pt --budget 0.25                    # the paper, section 4.1
   python train.py --data DIR --backbone backbone.pt --budget 0.25 --recipe settled   # never over budget
   python train.py --data DIR --backbone backbone.pt --budget 0.25 --sharing 0 --independent          # BA2
-  python train.py --data DIR --network resnet18 --recipe settled --budget 0.25      # torchvision's, pre-trained
-  python train.py --data DIR --start-from model.pt --domains NEW --budget 0.25      # a domain that comes later
+  python train.py --data DIR --network resnet18 --budget 0.25 --recipe settled         # one of torchvision's
+  python train.py --data DIR --start-from model.pt --domains NEW --budget 0.25      # one that comes later
 
 Leaves backbone.pt, model.pt and log.csv in --out, and until it is finished state.pt, written at the end of
 every epoch: the same command with --resume goes on from there, to the same weights. With `torchrun
@@ -310,8 +310,8 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.error = stop
     add, rate = parser.add_argument, at_least(0.0)
-    add("--data", metavar="DIR", help="a Visual Decathlon root (annotations/, data/) or folders, DOMAIN/train/"
-        "CLASS/*.jpg; none: a toy is drawn")
+    add("--data", metavar="DIR", help="a Visual Decathlon root (annotations/, data/), or folders, "
+        "DOMAIN/train/CLASS/*.jpg; none: a toy is drawn")
     add("--cache", metavar="DIR", help="where decoded images are kept (default: ROOT/cache)")
     add("--workers", type=at_least(0), default=2, help="processes that decode images the first time")
     add("--source", metavar="NAME", help="the backbone's domain (default: imagenet12)")
@@ -319,11 +319,11 @@ def parse():
     add("--splits", nargs="+", default=["train"], choices=["train", "val"], help="what is trained on")
     add("--no-mirror", nargs="+", default=[], metavar="NAME", help="besides the paper's four")
     add("--backbone", metavar="FILE", help="a backbone.pt to use instead of training one")
-    add("--start-from", metavar="MODEL", help="a model.pt, or a pruned one, to go on from: --domains are trained "
-        "on or added, its others stay as they are")
-    add("--network", metavar="NAME", help="the backbone: one of torchvision.models, or WRN-28-4 (the default)")
-    add("--weights", metavar="FILE", help="of a torchvision network: a state_dict, none (it is trained on the "
-        "source), or DEFAULT, torchvision's own (the default)")
+    add("--start-from", metavar="MODEL", help="a model.pt, pruned or not, to go on from: --domains are "
+        "trained on, or added, and its others stay as they are")
+    add("--network", metavar="NAME", help="of a new backbone: torchvision's, or WRN-28-4, the default")
+    add("--weights", metavar="FILE", help="of a network of torchvision: a state_dict; none: they are "
+        "trained on the source; DEFAULT, the default: its own")
     add("--backbone-epochs", type=at_least(0), default=30)
     add("--depth", type=at_least(10), help="of a new backbone, default 28")
     add("--widen-factor", type=at_least(1), help="of a new backbone, default 4")
@@ -384,9 +384,9 @@ def pretrained(args):
     with ba2ps.reading(f"--network {args.network} --weights {args.weights}"):
         if args.weights == "DEFAULT":
             plain = get_model(args.network, weights="DEFAULT")
-            kept = {key: getattr(plain, key) for key in ("aux_logits", "transform_input") if hasattr(plain, key)}
-            categories = get_model_weights(args.network).DEFAULT.meta["categories"]
-            return plain, {"num_classes": len(categories), **kept}
+            options = {"num_classes": len(get_model_weights(args.network).DEFAULT.meta["categories"])}
+            its = ("aux_logits", "transform_input")  # of GoogLeNet and Inception
+            return plain, options | {key: getattr(plain, key) for key in its if hasattr(plain, key)}
         state = torch.load(args.weights, map_location="cpu", weights_only=True)
         options = {"num_classes": [len(value) for value in state.values() if value.dim() == 2][-1]}
         plain = get_model(args.network, weights=None, **options)
@@ -409,10 +409,9 @@ def main():
             draw_toy(args.data)
     args.data = os.path.abspath(args.data)
 
-    given, network, records = args.backbone or args.start_from, None, {}
-    plain = args.network is None or args.network.startswith("WRN-")
+    given, network, records, options = args.backbone or args.start_from, None, {}, {"num_classes": 0}
     usual = {"network": "WRN-28-4", "weights": None, "source": "imagenet12", "image_size": 64}
-    if not plain:
+    if not (args.network or "WRN-").startswith("WRN-"):
         usual |= {"weights": "DEFAULT", "source": "imagenet", "image_size": 224}
     if given:
         network, facts = load_model(given)
@@ -425,8 +424,8 @@ def main():
         wanted = vars(args)[name]
         vars(args)[name] = value if wanted is None else wanted
         if (given or value is None) and vars(args)[name] != value:
-            flag = {"network": "--depth, --widen-factor or --network"}.get(name, f"--{name.replace('_', '-')}")
-            raise InputError(f"{flag} {wanted}: {given or args.network} has {value}")
+            flag = "depth, --widen-factor or --network" if name == "network" else name.replace("_", "-")
+            raise InputError(f"--{flag} {wanted}: {given or args.network} has {value}")
 
     # everything is looked at before the first step is taken
     annotated = domains_of(args.data)
@@ -435,10 +434,10 @@ def main():
         raise InputError(f"--domains {' '.join(domains)}: name some of {args.data} once, not {args.source}")
     if set(args.no_mirror) - {*domains, *annotated, args.source}:
         raise InputError(f"--no-mirror {' '.join(args.no_mirror)}: no such domains in {args.data}")
-    train, val, options = {}, {}, None
+    train, val = {}, {}
     if args.weights not in (None, "none"):
         network, options = pretrained(args)
-    to_train, numbers = network is None, range(options["num_classes"] if options else 0)
+    to_train, numbers = network is None, range(options["num_classes"])
     for domain in [args.source] * (to_train or not given and args.source in annotated) + domains:
         for sets, splits in ((train, args.splits), (val, ["val"] if "val" not in args.splits else [])):
             record = train[domain].record if sets is val else records.get(domain)
@@ -483,7 +482,8 @@ def main():
         network.load_state_dict(ba2ps.load(out / "backbone.pt")[0].state_dict())
     elif to_train:
         train_backbone(network, train, val, args, run)
-        run.save_model(out / "backbone.pt", network, image_size=args.image_size, domains={args.source: records[args.source]})
+        known = {args.source: records[args.source]}
+        run.save_model(out / "backbone.pt", network, image_size=args.image_size, domains=known)
     facts = {name: vars(args)[name] for name in ("image_size", "budget", "budget_of")} | {"domains": records}
     if args.epochs and args.adapt == "all":
         fine_tune(network, domains, train, val, args, run, facts)

@@ -158,7 +158,7 @@ def test_without_a_val_folder_the_same_tenth_of_each_class_is_held_out(tmp_path,
     train, val, both = (images_of(folders, *splits) for splits in (["train"], ["val"], ["train", "val"]))
     assert val.ids == [whole[i] for i in (4, 14, 20, 30, 36, 46)] and val.labels == [0, 0, 1, 1, 2, 2]
     assert both.ids == train.ids + val.ids and sorted(both.ids) == sorted(whole)
-    assert capsys.readouterr().out == 2 * "animals: no val folder, 6 of its 48 images of train are it\n"
+    assert capsys.readouterr().out == 2 * "animals: no val folder, 6 of 48 images are held out\n"
 
 
 @pytest.mark.parametrize("change, said", [

@@ -42,8 +42,8 @@ def randomised(net, share=0.4, seed=0):
 
 
 def macs_that_matter(net, domain, size):
-    """Share of the MACs of `net` that pruning could leave, by gradients: of every convolution the filters that
-    some logit depends on, times the input channels that are on."""
+    """Share of the MACs of `net` that pruning could leave, by gradients: of every convolution the filters
+    that a logit depends on, times the input channels that are on."""
     net, seen, whole, left = copy.deepcopy(net).requires_grad_(False), {}, 0, 0
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     for conv in convs:
@@ -66,7 +66,8 @@ def test_a_network_of_torchvision_is_trained_pruned_dense_and_stored(name, tmp_p
     net.freeze_backbone()
     before, net = copy.deepcopy(net), net.train()
     switches = ba2ps.Switches(net, ["a"], 0.6, sharing=0)
-    sgd, adam = torch.optim.SGD(net.owned_parameters(["a"]), 1e-3), torch.optim.Adam(switches.parameters(), 1e-3)
+    sgd = torch.optim.SGD(net.owned_parameters(["a"]), 1e-3)
+    adam = torch.optim.Adam(switches.parameters(), 1e-3)
     switches.begin(["a"], 0.0)
     (F.cross_entropy(net(x, "a"), torch.tensor([0, 1])) + switches.loss(["a"])).backward()
     sgd.step(), switches.step(adam, ["a"])
@@ -91,13 +92,15 @@ class Net(nn.Module):
 
     def __init__(self, body=lambda net, x: x, channels=3, before=lambda x: x, end=lambda logits, x: logits):
         super().__init__()
-        self.stem, self.norm, self.a = nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
-        self.b, self.relu, self.drop = nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)
+        self.stem, self.a = nn.Conv2d(channels, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 1)
+        self.norm, self.relu, self.drop = nn.BatchNorm2d(8), nn.ReLU(True), nn.Dropout(0.5, inplace=True)
         self.hidden, self.flat, self.group = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.GroupNorm(2, 8)
         self.bare, self.one, self.last = nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 1, 1), nn.Linear(8, 5)
         self.up, self.path = nn.ConvTranspose2d(8, 8, 2), torchvision.ops.StochasticDepth(0.5, "row")
-        self.fresh, self.scale = nn.BatchNorm2d(8, track_running_stats=False), nn.Parameter(torch.rand(8, 1, 1))
-        self.drawn, self.wide = nn.InstanceNorm2d(8, track_running_stats=True), nn.Conv2d(9, 8, 1)
+        self.fresh, self.wide = nn.BatchNorm2d(8, track_running_stats=False), nn.Conv2d(9, 8, 1)
+        self.drawn = nn.InstanceNorm2d(8, track_running_stats=True)
+        self.scale = nn.Parameter(torch.rand(8, 1, 1))
         self.body, self.before, self.end = body, before, end
 
     def forward(self, x):
@@ -122,7 +125,8 @@ KEPT = {
     "attention that broadcasts": Net(lambda n, x: n.b(x + n.one(x) * x.mean(1, keepdim=True))),
     "a parameter of its own": Net(lambda n, x: n.b(n.scale * x)),
     "moved channels": Net(lambda n, x: n.wide(torch.cat([x[:, 3:], shuffle(x).chunk(2, 1)[1]], 1))),
-    "grey images": Net(lambda n, x: n.b(x), channels=1), "log-probabilities": Net(end=lambda y, x: y.log_softmax(1))}
+    "grey images": Net(lambda n, x: n.b(x), channels=1),
+    "log-probabilities": Net(end=lambda logits, x: logits.log_softmax(1))}
 
 
 @pytest.mark.parametrize("kind", KEPT)
@@ -193,7 +197,7 @@ X = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Folders of noisy images in two colours, of three domains; the weights of a resnet18 in a file beside."""
+    """Folders of noisy images of two colours, of three domains, and in a file beside a resnet18's weights."""
     root, noise = tmp_path_factory.mktemp("photos"), torch.Generator().manual_seed(0)
     for domain, split in ((d, s) for d in ("photos", "signs", "digits") for s in ("train", "val", "test")):
         for label, i in ((label, i) for label in range(2) for i in range(4)):
@@ -210,18 +214,19 @@ def logits(path, domain):
     return ba2ps.load(path)[0].eval()(X, domain)
 
 
-def test_the_scripts_take_a_network_of_torchvision_folders_and_a_domain_that_comes_later(photos, tmp_path, script):
+def test_scripts_take_a_network_of_torchvision_folders_and_a_later_domain(photos, tmp_path, script):
     def run(name, *words):
         code, out, err = script(name, *words)
         assert code == 0, err
         return out
-    common = ["--data", photos, "--epochs", 2, "--batch-size", 4, "--recipe", "settled", "--budget", 0.5, "--lr", 0.01]
-    run("train.py", *common, "--network", "resnet18", "--weights", photos.with_suffix(".pt"), "--source", "photos",
-        "--image-size", 32, "--domains", "signs", "--out", tmp_path / "first")
+    common = ["--data", photos, *"--epochs 2 --batch-size 4 --recipe settled --budget 0.5 --lr 0.01".split()]
+    given = "--network", "resnet18", "--weights", photos.with_suffix(".pt"), "--source", "photos"
+    run("train.py", *common, *given, "--image-size", 32, "--domains", "signs", "--out", tmp_path / "first")
     model, small, later = tmp_path / "first/model.pt", tmp_path / "small.pt", tmp_path / "later/model.pt"
     network, facts = ba2ps.load(model)
     assert (network.name, network.options, network.domains) == ("resnet18", {"num_classes": 2}, ["signs"])
-    assert "signs" in run("evaluate.py", model, "--picture", tmp_path / "p.png", "--json", tmp_path / "r.json")
+    picture = "--picture", tmp_path / "p.png", "--json", tmp_path / "r.json"
+    assert "signs" in run("evaluate.py", model, *picture)
     run("prune.py", model, "--out", small)  # with the table of latency
     one = run("prune.py", model, "--domain", "signs", "--export", tmp_path / "m.pt2", "--no-latency")
     assert "signs" in one and ba2ps.load(small)[0].pruned
@@ -236,13 +241,14 @@ def test_the_scripts_take_a_network_of_torchvision_folders_and_a_domain_that_com
         assert "digits" in run("evaluate.py", later, "--skip-source")
         run("prune.py", later, "--out", tmp_path / "again.pt", "--no-latency")
         torch.testing.assert_close(logits(tmp_path / "again.pt", "digits"), logits(later, "digits"))
-    assert "nothing to resume" in run("train.py", *common, "--start-from", small, "--domains", "digits", "--resume",
-                                      "--out", later.parent)
+    again = "--start-from", small, "--domains", "digits", "--resume", "--out", later.parent
+    assert "nothing to resume" in run("train.py", *common, *again)
     run("evaluate.py", "--compare", model, later, "--data", photos)
 
 
 @pytest.mark.parametrize("words, named", [
-    (["--network", "resnet19"], "--network resnet19"), (["--network", "squeezenet1_0", "--weights", "none"], "nn.Linear"),
+    (["--network", "squeezenet1_0", "--weights", "none"], "nn.Linear"),
+    (["--network", "resnet19"], "--network resnet19"),
     (["--network", "resnet18", "--weights", "no.pt"], "no.pt"), (["--weights", "no.pt"], "--weights"),
     (["--network", "resnet18", "--weights", "OTHER"], "OTHER"), (["--network", "WRN-10-x"], "WRN-10-x"),
     (["--network", "mobilenet_v2", "--weights", "WEIGHTS"], "WEIGHTS"),
@@ -250,8 +256,8 @@ def test_the_scripts_take_a_network_of_torchvision_folders_and_a_domain_that_com
 def test_bad_networks_and_weights_are_named_and_nothing_is_written(words, named, photos, tmp_path, refused):
     places = {"WEIGHTS": photos.with_suffix(".pt"), "OTHER": photos / "signs/test/class 0/0.png"}
     words = [places.get(word, word) for word in words]
-    refused("train.py", "--data", photos, "--source", "photos", "--image-size", 32, "--out", tmp_path / "run", *words,
-            named=places.get(named, named))
+    common = "--data", photos, "--source", "photos", "--image-size", 32, "--out", tmp_path / "run"
+    refused("train.py", *common, *words, named=places.get(named, named))
     assert not (tmp_path / "run").exists()
 
 
