@@ -11,6 +11,7 @@ The source is served by the untouched backbone: it takes no part in budget, shar
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import textwrap
@@ -308,15 +309,20 @@ def write_picture(path, draw, *content):
 def draw_channels(figure, report, network):
     """A strip of one size for each layer: domains from the top, channels from the most used to the pruned."""
     from matplotlib import colors, patches
-    layers, domains, of = sorted(ba2ps.masks(network).items()), report["domains"].items(), report["budget_of"]
+    layers, domains, of = ba2ps.masks(network), report["domains"].items(), report["budget_of"]
+    layers = sorted(layers.items(), key=lambda layer: [part.zfill(9) for part in layer[0].split(".")])
     colours = colors.ListedColormap([*USED.values()])
-    figure.set_size_inches(9, 1.2 + len(layers) / 3 * (0.35 + 0.03 * len(domains)))
+    rows = math.ceil(len(layers) / 3)
+    figure.set_size_inches(9, 1.2 + rows * (0.35 + 0.03 * len(domains)))
     title = (f"{network.name}, budget {report['budget']}, {report['training']}; "
              f"sparsity all {report['sparsity_all']:.1%}, params {report['params']:.3f}; columns: channels, "
              f"most used first, and how many are left; rows: domains, from the top, and their share of {of}: "
              + ", ".join(f"{domain} {row['usage']:.3f}" for domain, row in domains))
     figure.suptitle(textwrap.fill(title, 150), x=0.01, ha="left", size=8)
-    for axes, (name, on) in zip(figure.subplots(len(layers) // 3, 3, squeeze=False).T.flat, layers):
+    strips = figure.subplots(rows, 3, squeeze=False).T.flatten()
+    for axes in strips[len(layers):]:
+        axes.remove()
+    for axes, (name, on) in zip(strips, layers):
         on = torch.tensor(sorted(on.T.tolist(), key=lambda used: (sum(used), used), reverse=True)).T  # (N, C)
         count = on.sum(0).expand_as(on)
         kind = torch.where(on, 1 + (count == 1).int(), 3 + (count == 0).int())
