@@ -614,13 +614,13 @@ def reestimate_batch_norm(network, domain, batches):
     running statistics describe a network that is gone (EagleEye, ECCV 2020)."""
     served(network, [domain])
     norms = [module[domain] for module in network.train().modules() if isinstance(module, DomainBatchNorm2d)]
-    momentum = norms[0].momentum
+    before = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch's cumulative average
     for images, _ in batches:
         network(images, domain)
-    for norm in norms:
+    for norm, momentum in zip(norms, before):
         norm.momentum = momentum
 
 
@@ -788,10 +788,10 @@ def follows(network, node, operand):
                 x[codes] = math.nan
             return x
         try:
-            made = compute(network, node, values).isnan().reshape(*codes.shape, -1).any(2)
+            made = compute(network, node, values).isnan()
         except (AttributeError, RuntimeError, TypeError):  # it wants another number of channels
             return False
-        if not made.equal(codes):
+        if made.shape[:2] != codes.shape or not made.reshape(*codes.shape, -1).any(2).equal(codes):
             return False
     return True
 

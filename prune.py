@@ -172,7 +172,8 @@ def stored_params(network):
     """
     shared = ba2ps.shared_layers(network).values()
     weights = sum(p.numel() for module in shared for p in module.parameters(recurse=False))
-    rows = sum(module.num_features for module in network.modules() if isinstance(module, nn.BatchNorm2d))
+    rows = sum(norm.num_features for norms in network.modules()
+               if isinstance(norms, ba2ps.DomainBatchNorm2d) for norm in norms.values())
     bits = sum(on.numel() for on in ba2ps.masks(network).values())
     return (weights + 4 * rows + bits / 32) / sum(ba2ps.table(network).values())
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Networks of others: what add_switches keeps and refuses, what is pruned, files, scripts, README's loop."""
+import argparse
 import copy
 import re
 
@@ -8,10 +9,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 
 import ba2ps
 import prune
+import train
 from conftest import ROOT
 
 NAMES = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "efficientnet_b0",
@@ -78,6 +79,8 @@ def test_a_network_of_torchvision_is_trained_pruned_dense_and_stored(name, tmp_p
         one = prune.dense(small, "a")
         for its in (small(x, "a"), one(x), prune.dense(before, "a")(x)):
             assert (its - before(x, "a")).abs().max() < 1e-10 * its.abs().max()
+        torch.save(one, tmp_path / "one.pt")
+        assert torch.equal(torch.load(tmp_path / "one.pt", weights_only=False)(x), one(x))
         left = prune.dense_macs(one, 64) / prune.dense_macs(prune.dense(before, "photos"), 64)
         for stored in (small, before):
             ba2ps.save(tmp_path / "m.pt", stored.float())
@@ -125,6 +128,7 @@ KEPT = {
     "attention that broadcasts": Net(lambda n, x: n.b(x + n.one(x) * x.mean(1, keepdim=True))),
     "a parameter of its own": Net(lambda n, x: n.b(n.scale * x)),
     "moved channels": Net(lambda n, x: n.wide(torch.cat([x[:, 3:], shuffle(x).chunk(2, 1)[1]], 1))),
+    "a view of a fixed size": Net(lambda n, x: n.b(x.view(-1, 8, 14, 14))),
     "grey images": Net(lambda n, x: n.b(x), channels=1),
     "log-probabilities": Net(end=lambda logits, x: logits.log_softmax(1))}
 
@@ -147,9 +151,31 @@ def test_the_source_is_served_as_by_the_plain_network_and_pruning_is_exact(kind)
         for its in (small, lambda x, domain: prune.dense(small, domain)(x)):
             torch.testing.assert_close(its(x, "b"), net(x, "b"), rtol=1e-10, atol=1e-10)
     assert ba2ps.switched_layers(small)["a"].in_channels < 8
-    everything = sum(p.numel() for name, p in plain.named_parameters() if not name.startswith("last"))
-    shared = sum(ba2ps.table(net).values())
-    assert shared <= everything and ba2ps.usage(small, "params") == ba2ps.usage(net, "params")
+    assert ba2ps.usage(small, "params") == ba2ps.usage(net, "params") and ba2ps.macs(small) == ba2ps.macs(net)
+
+
+def test_shared_layers_without_switches_count_in_full_and_stay():
+    net = randomised(ba2ps.add_switches(KEPT["hidden layers"], {"a": 3}, "photos", 16))
+    convs = {"stem": 8 * 3 * 9, "a": 8 * 8 * 9, "b": 8 * 8, "up": 8 * 8 * 4}  # weights
+    weights = sum(convs.values()) + 4 * 8 + 2 * 8 + 8 * 8 + 8                 # biases, group norm, hidden layer
+    macs = (convs["stem"] + convs["a"]) * 14 ** 2 + (convs["b"] + convs["up"]) * 15 ** 2 + 8 * 8
+    on = {name: layer.read("a").sum().item() for name, layer in ba2ps.switched_layers(net).items()}
+    assert sum(ba2ps.table(net).values()) == weights and ba2ps.macs(net) == macs
+    off = sum(convs[name] * (1 - on[name] / 8) for name in on)
+    assert ba2ps.usage(net, "params")["a"] == pytest.approx(1 - off / weights)
+    small = ba2ps.prune(net)
+    left = sum(p.numel() for name, p in small.named_parameters()
+               if "switches" not in name and name.split(".")[0] not in ("norm", "flat", "last"))
+    rows = sum(small.get_submodule(name)["a"].num_features for name in ("norm", "flat"))
+    assert prune.stored_params(small) == pytest.approx((left + 4 * rows + 8 * len(on) / 32) / weights)
+
+
+def test_a_layer_that_nobody_reads_keeps_a_channel_and_its_place():
+    net = ba2ps.add_switches(Net(lambda n, x: n.wide(torch.cat([n.one(x), x], 1))), {"a": 3}, "photos", 16).eval()
+    net.get_submodule("wide").switches["a"].data[0] = -1  # all that `one` makes
+    small, x = ba2ps.prune(net), torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(small(x, "a"), net(x, "a"))
+    assert ba2ps.masks(small).keys() == ba2ps.masks(net).keys() and ba2ps.sparsity(small) == ba2ps.sparsity(net)
 
 
 def branch(net, x):
@@ -259,6 +285,18 @@ def test_bad_networks_and_weights_are_named_and_nothing_is_written(words, named,
     common = "--data", photos, "--source", "photos", "--image-size", 32, "--out", tmp_path / "run"
     refused("train.py", *common, *words, named=places.get(named, named))
     assert not (tmp_path / "run").exists()
+
+
+def test_default_weights_are_those_that_torchvision_keeps(tmp_path, monkeypatch):
+    plain = torchvision.models.shufflenet_v2_x0_5()
+    url = torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT.url
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.save(plain.state_dict(), tmp_path / "hub/checkpoints" / url.rpartition("/")[2])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", None)
+    found, options = train.pretrained(argparse.Namespace(network="shufflenet_v2_x0_5", weights="DEFAULT"))
+    assert options == {"num_classes": 1000}
+    torch.testing.assert_close(found.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
 def test_a_network_of_ones_own_needs_it_again_and_the_same(tmp_path):
