@@ -813,8 +813,8 @@ def channels_of(network, graph):
         elif isinstance(layer, DomainBatchNorm2d) or (
                 isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels):
             found[node] = {operands[0]: own}
-        elif node.op.startswith("call") and not (layer and [*layer.parameters()]) and width(node) and all(
-                width(operand) and operand.op != "get_attr" for operand in operands):
+        elif node.op.startswith("call") and not (layer and [*layer.parameters()]) and (
+                all(width(n) for n in (node, *operands))):
             same = [o for o in operands if width(o) == width(node) and follows(meta, node, o)]
             if same and all(o in same or width(o) == 1 for o in operands):
                 found[node] = dict.fromkeys(same, own)

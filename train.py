@@ -70,7 +70,7 @@ def adapt(network, domains, train, val, args, run):
             sgd.step()                                # batch-norm, classifiers
             switches.step(adam, batch)                # switches, then the prices lambda_d
             progress(size)
-        average_statistics(network)
+        average_statistics(network, domains)
         report(network, domains, val, args, run, epoch, losses, switches)
 
     for domain in domains if not args.bn_as_trained else ():
@@ -168,7 +168,7 @@ def train_backbone(network, train, val, args, run):
             sgd.step()
             rate.step()
             progress(len(indices))
-        average_statistics(network)
+        average_statistics(network, [source])
         if processes()[0] == 0:
             correct = validate(network, source, val, args)
             print(f"backbone epoch {epoch} | {source} {total:.3f} {percent(correct)}", flush=True)
@@ -213,12 +213,13 @@ def sum_gradients(network):
             dist.all_reduce(p.grad)
 
 
-def average_statistics(network):
+def average_statistics(network, domains):
     """Give all processes the mean of their running statistics; on GPUs nn.SyncBatchNorm has made them one."""
-    for buffer in network.buffers() if processes()[1] > 1 else ():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= processes()[1]
+    norms = [module[domain] for module in network.modules() if isinstance(module, ba2ps.DomainBatchNorm2d)
+             for domain in domains if processes()[1] > 1]
+    for buffer in [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]:
+        dist.all_reduce(buffer)
+        buffer /= processes()[1]
 
 
 def join_processes(args):
@@ -420,12 +421,14 @@ def main():
         records = facts["domains"]
         usual = {"network": network.name, "weights": None, "source": network.source,
                  "image_size": facts["image_size"]}
+    if args.weights and usual["weights"] is None:
+        raise InputError(f"--weights {args.weights}: they are for a new --network of torchvision")
     for name, value in usual.items():
         wanted = vars(args)[name]
         vars(args)[name] = value if wanted is None else wanted
-        if (given or value is None) and vars(args)[name] != value:
+        if given and vars(args)[name] != value:
             flag = "depth, --widen-factor or --network" if name == "network" else name.replace("_", "-")
-            raise InputError(f"--{flag} {wanted}: {given or args.network} has {value}")
+            raise InputError(f"--{flag} {wanted}: {given} has {value}")
 
     # everything is looked at before the first step is taken
     annotated = domains_of(args.data)

@@ -275,6 +275,27 @@ def test_steps_are_those_of_adam_on_every_layers_switches(of, sharing, form, sha
         assert step == 6 or (price["d1"] > 0) == (0 < step < 6)  # it rises, and from step 3 on falls to 0
 
 
+@pytest.mark.parametrize("make", [lambda net: net, lambda net: ba2ps.prune(net, ["d0", "d1"])])
+def test_a_domain_that_comes_later_shares_with_those_that_stay(make):
+    net = make(network(3, on=0.7).double()).train()
+    net.remove_domain("d2") if "d2" in net.domains else None
+    net.add_domain("new", 4)
+    for part in switches_of(net, "new").values():
+        part.data.uniform_(-1, 1)
+    before, whole = copy.deepcopy(net), sum(len(layer.kept) for layer in ba2ps.switched_layers(net).values())
+    switches = ba2ps.Switches(net, ["new"], 0.9, sharing=2.0)
+    switches.begin(["new"], 0.0)
+    both = len(set.intersection(*({*channels_on(net, domain)} for domain in net.domains)))
+    assert switches.loss(["new"]).item() == approx(2 * (1 - both / (0.9 * whole)))  # of the backbone's M
+    switches.loss(["new"]).backward()
+    switches.step(torch.optim.Adam(switches.parameters(), 0.01), ["new"])
+    moved = changed(net, before)
+    assert moved and all(name.endswith(".new") for name in moved)
+    shared = {d: torch.cat([*switches_of(before, d).values()]) > 0 for d in ("d0", "d1")}
+    up = torch.cat([*switches_of(net, "new").values()]) > torch.cat([*switches_of(before, "new").values()])
+    assert torch.equal(up, shared["d0"] & shared["d1"])  # towards what all others have on
+
+
 @pytest.mark.parametrize("values", [torch.arange(-32.0, 0), -torch.ones(32), torch.zeros(32)])
 def test_a_layer_whose_switches_all_fall_below_zero_keeps_exactly_one(values):
     net = network()

@@ -90,6 +90,11 @@ def test_a_network_of_torchvision_is_trained_pruned_dense_and_stored(name, tmp_p
     assert could - 1e-9 < left < could + {"regnet_y_400mf": 0.045}.get(name, 0.01)  # there groups go whole
 
 
+class AddFirst(nn.Module):
+    def forward(self, x):
+        return x + x[:, :1]
+
+
 class Net(nn.Module):
     """Two convolutions and a classifier with `body` between them, and layers that it may call."""
 
@@ -103,8 +108,8 @@ class Net(nn.Module):
         self.up, self.path = nn.ConvTranspose2d(8, 8, 2), torchvision.ops.StochasticDepth(0.5, "row")
         self.fresh, self.wide = nn.BatchNorm2d(8, track_running_stats=False), nn.Conv2d(9, 8, 1)
         self.drawn = nn.InstanceNorm2d(8, track_running_stats=True)
-        self.scale = nn.Parameter(torch.rand(8, 1, 1))
-        self.body, self.before, self.end = body, before, end
+        self.scale, self.offset = nn.Parameter(torch.rand(8, 1, 1)), nn.Parameter(torch.rand(1, 8, 1, 1))
+        self.body, self.before, self.end, self.add = body, before, end, AddFirst()
 
     def forward(self, x):
         logits = self.last(self.body(self, self.norm(self.a(self.stem(self.before(x))))).mean((2, 3)))
@@ -126,9 +131,11 @@ KEPT = {
     "no weights in batch-norm": Net(lambda n, x: n.b(n.bare(x))),
     "no running statistics": Net(lambda n, x: n.b(n.fresh(x))),
     "attention that broadcasts": Net(lambda n, x: n.b(x + n.one(x) * x.mean(1, keepdim=True))),
-    "a parameter of its own": Net(lambda n, x: n.b(n.scale * x)),
+    "parameters of its own": Net(lambda n, x: n.b(n.scale * x * n.scale[None] + n.offset)),
+    "gates": Net(lambda n, x: n.b(x * x.mean((2, 3), keepdim=True).sigmoid().expand_as(x))),
     "moved channels": Net(lambda n, x: n.wide(torch.cat([x[:, 3:], shuffle(x).chunk(2, 1)[1]], 1))),
     "a view of a fixed size": Net(lambda n, x: n.b(x.view(-1, 8, 14, 14))),
+    "a channel for all": Net(lambda n, x: n.b(n.add(x))),
     "grey images": Net(lambda n, x: n.b(x), channels=1),
     "log-probabilities": Net(end=lambda logits, x: logits.log_softmax(1))}
 
