@@ -107,7 +107,7 @@ class DomainLinear(DomainModules):
 
     def add_domain(self, domain, num_classes):
         like = next(iter(self.values()))
-        self[domain] = nn.Linear(like.in_features, num_classes, like.bias is not None).to(like.weight)
+        self[domain] = nn.Linear(like.in_features, num_classes).to(like.weight)
 
 
 # -------- 2  The network (Eq. 1): what is shared and frozen, and what a domain owns -------------------------

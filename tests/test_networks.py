@@ -116,6 +116,14 @@ class Net(nn.Module):
         return self.end(logits, x)
 
 
+class Auxiliary(Net):
+    def forward(self, x):
+        x = self.norm(self.a(self.stem(x)))
+        aux = self.hidden(self.path(x).mean((2, 3))) if self.training else None
+        logits = self.last(self.drop(x).mean((2, 3)))
+        return (logits, aux) if self.training else logits
+
+
 def shuffle(x):
     b, c, h, w = x.shape
     return x.view(b, 2, c // 2, h, w).transpose(1, 2).contiguous().view(b, c, h, w)
@@ -215,6 +223,12 @@ REFUSED = {
 def test_what_cannot_be_kept_is_refused_in_one_line_with_the_layer(message):
     with pytest.raises(ba2ps.InputError, match=rf"\A[^\n]*{message}[^\n]*\Z"):
         ba2ps.add_switches(REFUSED[message], {"a": 3}, "photos", 16)
+
+
+def test_auxiliary_classifiers_are_left_out_whatever_they_draw():
+    net, x = ba2ps.add_switches(Auxiliary(), {"a": 3}, "photos", 16), torch.randn(2, 3, 16, 16)
+    assert net.train()(x, "a").shape == net.eval()(x, "a").shape == (2, 3)
+    assert not hasattr(net, "hidden")
 
 
 def test_networks_without_a_classifier_or_batch_norm_say_so():
