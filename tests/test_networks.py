@@ -77,7 +77,7 @@ def test_a_network_of_torchvision_is_trained_pruned_dense_and_stored(name, tmp_p
             assert torch.equal(net(x, domain), before(x, domain)) == (domain != "a")
         small = ba2ps.prune(before)
         one = prune.dense(small, "a")
-        for its in (small(x, "a"), one(x), prune.dense(before, "a")(x)):
+        for its in (small(x, "a"), one(x)):
             assert (its - before(x, "a")).abs().max() < 1e-10 * its.abs().max()
         torch.save(one, tmp_path / "one.pt")
         assert torch.equal(torch.load(tmp_path / "one.pt", weights_only=False)(x), one(x))
@@ -266,7 +266,7 @@ def test_scripts_take_a_network_of_torchvision_folders_and_a_later_domain(photos
         code, out, err = script(name, *words)
         assert code == 0, err
         return out
-    common = ["--data", photos, *"--epochs 2 --batch-size 4 --recipe settled --budget 0.5 --lr 0.01".split()]
+    common = ["--data", photos, *"--epochs 1 --batch-size 4 --recipe settled --budget 0.5 --lr 0.01".split()]
     given = "--network", "resnet18", "--weights", photos.with_suffix(".pt"), "--source", "photos"
     run("train.py", *common, *given, "--image-size", 32, "--domains", "signs", "--out", tmp_path / "first")
     model, small, later = tmp_path / "first/model.pt", tmp_path / "small.pt", tmp_path / "later/model.pt"
@@ -285,9 +285,9 @@ def test_scripts_take_a_network_of_torchvision_folders_and_a_later_domain(photos
         assert both.pruned == (start == small) and ba2ps.usage(both, "channels")["digits"] <= 0.5 + 1e-9
         for name, on in ba2ps.masks(both).items():
             assert both.pruned <= bool((on[0] | ~on[1]).all())  # it chose among the channels that are left
-        assert "digits" in run("evaluate.py", later, "--skip-source")
-        run("prune.py", later, "--out", tmp_path / "again.pt", "--no-latency")
-        torch.testing.assert_close(logits(tmp_path / "again.pt", "digits"), logits(later, "digits"))
+    assert "digits" in run("evaluate.py", later, "--skip-source")
+    run("prune.py", later, "--out", tmp_path / "again.pt", "--no-latency")
+    torch.testing.assert_close(logits(tmp_path / "again.pt", "digits"), logits(later, "digits"))
     again = "--start-from", small, "--domains", "digits", "--resume", "--out", later.parent
     assert "nothing to resume" in run("train.py", *common, *again)
     run("evaluate.py", "--compare", model, later, "--data", photos)
