@@ -404,7 +404,7 @@ def select_moves(network):
             firsts = moved[0].reshape(moved.shape[1], -1)[:, 0].tolist()
             index = torch.tensor([place.get(number, 0) for number in firsts])
             if moved.equal(whole[:, index]):
-                network.add_module(f"select_{len(numbers)}", Select(index, len(place)))
+                network.add_module(f"select_{len(numbers)}", Select(index, len(place), network))
                 with graph.inserting_after(node):
                     chosen = graph.call_module(f"select_{len(numbers)}", (root,))
                 node.replace_all_uses_with(chosen)
@@ -739,11 +739,12 @@ def macs(network, domains=None, image_size=None):
 # -------- 6  Pruning: from the last layer back to the first, who reads which channel ------------------------
 
 class Select(nn.Module):
-    """The channels `index` (C_out,) of x: (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """The channels `index` (C_out,) of x: (B, C_in, H, W) -> (B, C_out, H, W), where `network` is."""
 
-    def __init__(self, index, in_channels):
+    def __init__(self, index, in_channels, network):
         super().__init__()
-        self.in_channels = in_channels
+        self.in_channels, device = in_channels, next(network.parameters()).device
+        index = index.to("cpu" if device.type == "meta" else device)  # on meta there would be no numbers
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, x):
@@ -878,7 +879,7 @@ def cut(network, domains, read, arrange=lambda graph, live, made: {}):
             return new[operand]
         place = torch.zeros(width(operand), dtype=torch.long).scatter(0, left, torch.arange(len(left)))
         name = f"select_{len(modules)}"
-        modules[name] = Select(place[wanted], len(left))
+        modules[name] = Select(place[wanted], len(left), network)
         return graph.call_module(name, (new[operand],))
 
     for node in old.nodes:
@@ -914,8 +915,7 @@ def cut(network, domains, read, arrange=lambda graph, live, made: {}):
     pruned = GraphNetwork(modules, graph, network, True)
     for domain in [domain for domain in pruned.classifiers if domain not in domains]:
         pruned.remove_domain(domain)
-    device = next(network.parameters()).device
-    return pruned if device.type == "meta" else pruned.to(device)  # Select has its index there
+    return pruned
 
 
 def cut_conv(conv, channels, filters):

@@ -337,9 +337,9 @@ def test_the_loop_of_the_readme_as_printed(photos, tmp_path, monkeypatch):
     (tmp_path / "photos").symlink_to(photos)
     plain = torchvision.models.resnet18()
     monkeypatch.setattr(torchvision.models, "resnet18", lambda weights=None: plain)  # nothing is fetched here
-    assert code.count("\n") <= 35 and "epochs = 20" in code
+    assert code.count("\n") <= 35 and "loaders = 20" in code
     space = {}
-    exec(code.replace("epochs = 20", "epochs = 2").replace("224", "64"), space)
+    exec(code.replace("loaders = 20", "loaders = 2").replace("224", "64"), space)
     small, x = space["small"], torch.randn(2, 3, 64, 64)
     assert all(use <= 0.5 + 1e-9 for use in ba2ps.usage(small, "channels").values())
     again, _ = ba2ps.load("small.pt", backbone=plain)
