@@ -316,7 +316,7 @@ def add_switches(network, domains, source="imagenet", image_size=224, name=None,
     if DomainBatchNorm2d not in kinds:
         warnings.warn(f"{kind} has no batch-norm: a domain owns its switches and its classifier alone")
     network.name, network.options, network.source = name or kind, options, source
-    network.image = stems[0].in_channels, image_size
+    network.image = stems[0].in_channels if stems else 3, image_size
     result = GraphNetwork(parts, graph, network, False)
     try:
         select_moves(result)
