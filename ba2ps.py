@@ -655,8 +655,8 @@ def shared_layers(network):
 
 
 def table(network, image_size=None):
-    """{layer: its weights in the backbone}, or with image_size its MACs for a crop, counted by THOP; of all
-    layers that the domains share, and by their names of what else those learned, as biases."""
+    """{layer: its weights in the backbone} for every layer that the domains share, biases and the like under
+    names of their own; with image_size {layer: its MACs for a crop}, counted by THOP."""
     network, whole, operations = copy.deepcopy(network).to("meta"), {}, {}  # THOP changes modes and buffers
     shared = shared_layers(network)
     for name, module in shared.items():
@@ -717,7 +717,7 @@ def sparsity(network, domains=None):
 def params(network, domains=None):
     """Memory that `domains` need, relative to the backbone (Table 2), without the channels that none reads.
     Everything but classifiers: weights, four floats (weight, bias, mean, variance) per batch-norm channel and
-    domain, 32 bits a float, 1 bit a switch. The backbone is the shared convolutions alone: WRN-28-4 with ten
+    domain, 32 bits a float, 1 bit a switch. The backbone is the shared layers alone: WRN-28-4 with ten
     domains and every switch on is at 1.025. The source counts only if it is named, and keeps every channel.
     """
     domains = served(network, domains) or [network.source]
@@ -728,7 +728,7 @@ def params(network, domains=None):
 
 
 def macs(network, domains=None, image_size=None):
-    """Multiply-accumulates of the convolutions for one crop, with the input channels that `domains` read.
+    """Multiply-accumulates of the shared layers for one crop, with the input channels that `domains` read.
     [domain]: the complexity of that domain; None: the backbone's. As in the paper every filter counts;
     batch-norm (0.3% of WRN-28-4) and classifiers do not."""
     read = {} if domains is None else masks(network, domains)

@@ -172,7 +172,7 @@ def test_the_source_is_served_as_by_the_plain_network_and_pruning_is_exact(kind)
 def test_shared_layers_without_switches_count_in_full_and_stay():
     net = randomised(ba2ps.add_switches(KEPT["hidden layers"], {"a": 3}, "photos", 16))
     convs = {"stem": 8 * 3 * 9, "a": 8 * 8 * 9, "b": 8 * 8, "up": 8 * 8 * 4}  # weights
-    weights = sum(convs.values()) + 4 * 8 + 2 * 8 + 8 * 8 + 8                 # biases, group norm, hidden layer
+    weights = sum(convs.values()) + 4 * 8 + 2 * 8 + 8 * 8 + 8               # biases, group norm, hidden layer
     macs = (convs["stem"] + convs["a"]) * 14 ** 2 + (convs["b"] + convs["up"]) * 15 ** 2 + 8 * 8
     on = {name: layer.read("a").sum().item() for name, layer in ba2ps.switched_layers(net).items()}
     assert sum(ba2ps.table(net).values()) == weights and ba2ps.macs(net) == macs
@@ -186,11 +186,13 @@ def test_shared_layers_without_switches_count_in_full_and_stay():
 
 
 def test_a_layer_that_nobody_reads_keeps_a_channel_and_its_place():
-    net = ba2ps.add_switches(Net(lambda n, x: n.wide(torch.cat([n.one(x), x], 1))), {"a": 3}, "photos", 16).eval()
+    plain = Net(lambda n, x: n.wide(torch.cat([n.one(x), x], 1)))
+    net = ba2ps.add_switches(plain, {"a": 3}, "photos", 16).eval()
     net.get_submodule("wide").switches["a"].data[0] = -1  # all that `one` makes
     small, x = ba2ps.prune(net), torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(small(x, "a"), net(x, "a"))
-    assert ba2ps.masks(small).keys() == ba2ps.masks(net).keys() and ba2ps.sparsity(small) == ba2ps.sparsity(net)
+    assert ba2ps.masks(small).keys() == ba2ps.masks(net).keys()
+    assert ba2ps.sparsity(small) == ba2ps.sparsity(net)
 
 
 def branch(net, x):
