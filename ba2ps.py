@@ -856,6 +856,9 @@ def liveness(network, graph, read):
         for operand, mask in reads(network, node, live[node], read, made).items():
             before = live.get(operand, ~ALL)
             live[operand] = before | mask if mask.dim() and (before.dim() or not before) else ALL
+    for node in graph.nodes:  # one Select after torch.cat is faster than one for each of its operands
+        if node.target is torch.cat and node in made and live[node].dim():
+            live[node] = torch.cat([live[operand].expand(width(operand)) for operand in made[node]])
     return live, made
 
 

@@ -67,7 +67,9 @@ def arrange(network, read, graph, live, made):
     for root, masks in readers.items():
         code = torch.stack([~live[root], *masks]).cumsum(0).T % 2  # (C, 1 + readers), Gray code to binary
         ranks[root] = torch.tensor(sorted(range(len(code)), key=code.tolist().__getitem__)).argsort()
-    return {node: ranks[root][at] for node, (root, at) in tied.items()}
+    joined = {tied[operand][0] for node in graph.nodes if node.target is torch.cat
+              for operand in ba2ps.operands_of(node) if operand in tied}
+    return {node: ranks[root][at] for node, (root, at) in tied.items() if root not in joined}
 
 
 FRESH = (torch.conv2d, torch.addcmul, torch.relu_, "add_")  # whose result dense lets its only reader change
