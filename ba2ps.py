@@ -512,7 +512,8 @@ class Switches:
         if network.source in self.domains:
             raise InputError(f"the source {network.source} has no switches: leave it out")
         self.whole = sum(len(layer.kept) for layer in layers.values())    # M of the backbone, in Eq. 5
-        self.standing = [domain for domain in network.domains if domain not in self.domains]
+        self.others = [torch.cat([layer.read(domain) for layer in self.layers])
+                       for domain in network.domains if domain not in self.domains]
         self.rows = {domain: nn.Parameter(torch.empty(0)) for domain in self.domains}
         self.settled = False
         self.begin([], 0.0)
@@ -546,9 +547,7 @@ class Switches:
         self.usage = {domain: usage[domain].item() for domain in batch}
         loss = sum(budget_loss(usage[domain], self.budget, self.prices[domain]) for domain in batch)
         if self.learned or self.sharing > 0:
-            others = [torch.cat([layer.switches[domain].detach() for layer in self.layers]) > 0
-                      for domain in self.standing]
-            everyone = torch.cat([s, torch.stack(others).to(s)]) if others else s
+            everyone = torch.cat([s, torch.stack(self.others).to(s)]) if self.others else s
             excess = sharing_loss(everyone, self.budget * self.whole / s.shape[1], self.form)
             loss = loss + self.sharing * excess
             self.sharing += self.learned * self.rate * excess.item()

@@ -89,7 +89,6 @@ def dense(network, domain=None):
     read = {name: layer.read(domain) for name, layer in ba2ps.switched_layers(network).items()}
     small = ba2ps.cut(network, [domain], read, lambda *found: arrange(network, read, *found))
     graph, parts, new = fx.Graph(), {}, {}
-    ba2ps.record(small, small.graph)
 
     def part(name, value):
         parts[name] = nn.Parameter(value, requires_grad=False)
@@ -99,7 +98,8 @@ def dense(network, domain=None):
         layer, operands = ba2ps.layer_of(small, node), ba2ps.operands_of(node)
         name = str(node.target).replace(".", "_")  # flat: every dot is a look-up at every call
         mine = [operand for operand in operands if len(operand.users) == 1 and new[operand].target in FRESH]
-        whole = [operand for operand in mine if operand.meta["value"].shape == node.meta["value"].shape]
+        whole = [operand for operand in mine if node.target is operator.add  # shapes of before the cut
+                 and operand.meta["value"].shape == node.meta["value"].shape]
         x = new[operands[0]] if operands else None
         if isinstance(layer, ba2ps.DomainBatchNorm2d) and layer[domain].track_running_stats:
             norm = layer[domain]
