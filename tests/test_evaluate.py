@@ -480,3 +480,33 @@ def test_damaged_files_are_named_in_one_line_or_read(what, root, tmp_path, monke
         assert not [*tmp_path.rglob("*.part")]
         file.write_bytes(whole)
     assert 50 < len(codes) < 150
+
+
+# -------- real.py: stand-ins for the sets of torchvision, which are not downloaded here ---------------------
+
+def test_real_images_are_of_the_same_make(tmp_path, monkeypatch):
+    import real
+
+    def stand_in(*folders, names):
+        for folder in folders:
+            Path(tmp_path, folder).mkdir(parents=True)
+            for i, name in enumerate(names):
+                Image.new("RGB", (30, 40), (0, 0, i)).save(Path(tmp_path, folder, name))
+
+    stand_in("gtsrb/GTSRB/Training/00007", names=[f"{i // 30:05}_{i % 30:05}.ppm" for i in range(120)])
+    stand_in(*[f"omniglot-py/images_background/{alphabet}/character01" for alphabet in ("Greek", "Avesta")],
+             names=[f"0001_{i:02}.png" for i in range(1, 21)])
+    images = [(Image.new("L", (32, 32)), i % 10) for i in range(50)]
+    for name in ("GTSRB", "Omniglot", "CIFAR10", "MNIST", "SVHN"):
+        monkeypatch.setattr(f"torchvision.datasets.{name}", lambda *args, **kwargs: images)
+    few = {"cifar10": (1, 2, 9), "digits": (1, 1, 1), "svhn": (2, 2, 1)}
+    monkeypatch.setattr(real, "COUNTS", {**real.COUNTS, **few})
+    real.build(tmp_path / "data", tmp_path)
+    root = tmp_path / "data"
+    assert {domain: [len(evaluate.Images(root, domain, [split], 64)) for split in ("val", "test", "train")]
+            for domain in evaluate.domains_of(root)} == {
+        "cifar10": [10, 20, 20], "gtsrb": [10, 20, 10], "omniglot": [3, 5, 12], "digits": [10, 10, 10],
+        "svhn": [20, 20, 10]}
+    frames = [np.asarray(Image.open(file)) for file in (root / "gtsrb/val").rglob("*.jpg")]
+    assert {frame.shape for frame in frames} == {(96, 72, 3)}
+    assert np.ptp([frame[..., 2].mean() for frame in frames]) < 32, "frames of more than one track"
