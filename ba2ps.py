@@ -905,6 +905,7 @@ def cut(network, domains, read, arrange=lambda graph, live, made: {}):
                 cut_conv(layer, wanted, its)
             elif isinstance(layer, DomainBatchNorm2d):
                 for norm in layer.values():
+                    layer.rows = torch.arange(norm.num_features)[wanted]  # in `network`
                     for rows in [rows for rows in (*norm.parameters(), *norm.buffers()) if rows.dim()]:
                         rows.data = rows.data[wanted]
                         norm.num_features = len(rows)
@@ -951,6 +952,25 @@ def prune(network, domains=None, keep_source=False):
         if not on[name].any(1).all():
             raise InputError(f"a domain has no channel on in {name}: every layer needs one")
     return cut(network, domains, {name: on[name].any(0)[layer.kept] for name, layer in layers.items()})
+
+
+def without_unused(network, domains):
+    """A function (x, domain) -> logits with which to train `network` once the switches of `domains` settled:
+    its logits, gradients and running statistics, computed without the channels that none of them reads."""
+    small, whole = prune(network, domains).train(), network.state_dict(keep_vars=True)
+    rows = {f"{name}.{key}": getattr(layer, "rows", torch.arange(len(value))).to(value.device)
+            for name, layer in small.named_modules() if isinstance(layer, DomainModules)
+            for key, value in layer.state_dict().items() if value.dim()}
+
+    def forward(x, domain):
+        own = {name: whole[name][row] for name, row in rows.items() if f".{domain}." in name}
+        logits = torch.func.functional_call(small, own, (x, domain))
+        for name, value in own.items():
+            if not isinstance(whole[name], nn.Parameter):  # a running statistic
+                whole[name][rows[name]] = value
+        return logits
+
+    return forward
 
 
 # -------- 7  Files ------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def adapt(network, domains, train, val, args, run):
     adam = torch.optim.Adam(switches.parameters(), lr=args.switch_lr, fused=True)
     order = torch.Generator().manual_seed(args.seed)  # of domains, images, crops and mirroring
     sizes = {domain: len(train[domain]) for domain in domains}
-    progress = progress_line(args.epochs * sum(sizes.values()), "adapt")
+    progress, forward = progress_line(args.epochs * sum(sizes.values()), "adapt"), network
 
     for epoch in run.epochs(f"adapt {domains}", args.epochs, network, switches, sgd, adam, order):
         network.train()
@@ -59,9 +59,11 @@ def adapt(network, domains, train, val, args, run):
         plan = schedule(args.schedule, sizes, args.batch_size, order)
         for step, batch in enumerate(plan):  # {domain: indices of its images}; several domains if mixed
             switches.begin(batch, (epoch - 1 + step / len(plan)) / args.epochs)
+            if switches.settled and forward is network and args.adapt == "switches":
+                forward = ba2ps.without_unused(network, domains)
             loss, size = switches.loss(batch), sum(map(len, batch.values()))
             for domain, indices in batch.items():
-                task = cross_entropy(network, domain, train[domain], indices, order, args)
+                task = cross_entropy(forward, domain, train[domain], indices, order, args)
                 losses[domain] += task.item() / sizes[domain]
                 loss = loss + task / size
             sgd.zero_grad()

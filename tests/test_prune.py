@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Pruning: the same logits with less, for any masks and other networks; files, dense networks, exports."""
+import copy
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import ba2ps
 import prune
@@ -160,6 +162,28 @@ def test_a_network_in_training_mode_becomes_dense_as_it_is_evaluated():
     net = Dropping(10, 1, "source", 7)
     model = prune.dense(net.train())
     assert_same(model, net.eval(), ["source"])
+
+
+@pytest.mark.parametrize("kind", ["own", "identical"])
+def test_training_without_unused_channels_gives_the_same_weights_and_statistics(kind):
+    trained, whole = ["d0", "d1"], network(3, share=0.3, kind=kind).double().train()
+    whole.freeze_backbone()
+    quick = copy.deepcopy(whole)
+    for net, forward in ((whole, whole), (quick, ba2ps.without_unused(quick, trained))):
+        sgd, draw = torch.optim.SGD(net.owned_parameters(trained), 0.1, momentum=0.9), torch.manual_seed(1)
+        for domain, classes in [("d0", 5), ("d1", 6)] * 3:
+            x, y = torch.randn(4, 3, 16, 16, dtype=torch.double), torch.randint(classes, (4,))
+            sgd.zero_grad()
+            F.cross_entropy(forward(x, domain), y).backward()
+            sgd.step()
+    for (name, p), value in zip(whole.named_parameters(), quick.parameters()):
+        assert torch.allclose(p, value, rtol=1e-9, atol=1e-12), name
+    assert_same(quick.eval(), whole.eval(), whole.domains)
+    with FlopCounterMode(display=False) as of_whole:
+        whole(x, domain)
+    with FlopCounterMode(display=False) as of_quick:
+        forward(x, domain)
+    assert of_quick.get_total_flops() < 0.7 * of_whole.get_total_flops()
 
 
 def test_stored_params_by_a_loop():
