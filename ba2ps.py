@@ -201,8 +201,8 @@ class WideResNet(MultiDomain, nn.Module):
 
     def __init__(self, depth=28, widen_factor=4, source="imagenet12", num_classes=1000):
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise InputError(f"depth {depth} is no wide residual network: take 6n + 4 (10, 16, 22, 28, ...)")
+        if depth < 10 or (depth - 4) % 6 or widen_factor < 1:
+            raise InputError(f"WRN-{depth}-{widen_factor}: take a depth of 10, 16, 22, ... and a width")
         self.name, self.source = f"WRN-{depth}-{widen_factor}", source
         planes = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
 
@@ -1028,7 +1028,8 @@ def save(path, network, **facts):
 def build(name, options, source="any", num_classes=1):
     """The backbone that name and options of a network tell: a WideResNet, or a plain one of torchvision."""
     if name.startswith("WRN-"):
-        return WideResNet(*map(int, name.split("-")[1:]), source, num_classes)
+        depth, width = map(int, name.split("-")[1:])
+        return WideResNet(depth, width, source, num_classes)
     if options is None:
         raise InputError(f"holds a {name} of one's own: give load one, load(path, backbone={name}(...))")
     from torchvision.models import get_model

@@ -303,7 +303,7 @@ class Run:
 RECIPES = {  # the flags that --recipe sets; one that is given goes first
     "paper": {"budget_of": "layers"},
     "settled": {"budget_of": "channels", "settle": 0.5, "batch_size": 16, "distinct": True}}
-TOY = {"source": "shapes", "no_mirror": ["strokes", "signs", "digits"], "depth": 10, "widen_factor": 2,
+TOY = {"source": "shapes", "no_mirror": ["strokes", "signs", "digits"], "network": "WRN-10-2",
        "image_size": 32, "backbone_epochs": 30, "epochs": 40, "milestone": 30, "lr": 1e-2, "switch_lr": 3e-4,
        "recipe": "settled", "out": "runs/first"}
 
@@ -324,12 +324,11 @@ def parse():
     add("--backbone", metavar="FILE", help="a backbone.pt to use instead of training one")
     add("--start-from", metavar="MODEL", help="a model.pt, pruned or not, to go on from: --domains are "
         "trained on, or added, and its others stay as they are")
-    add("--network", metavar="NAME", help="of a new backbone: torchvision's, or WRN-28-4, the default")
+    add("--network", metavar="NAME", help="of a new backbone: torchvision's, or WRN-DEPTH-WIDTH, default "
+        "WRN-28-4")
     add("--weights", metavar="FILE", help="of a network of torchvision: a state_dict; none: they are "
         "trained on the source; DEFAULT, the default: its own")
     add("--backbone-epochs", type=at_least(0), default=30)
-    add("--depth", type=at_least(10), help="of a new backbone, default 28")
-    add("--widen-factor", type=at_least(1), help="of a new backbone, default 4")
     add("--image-size", type=at_least(16), help="of the crop, default 64, or 224 for torchvision's networks; "
         "images are resized to 9/8 of it")
     add("--recipe", default="paper", choices=list(RECIPES), help="paper: as published, --budget-of layers; "
@@ -373,10 +372,6 @@ def parse():
         raise InputError("--start-from holds a backbone and switches: leave out --backbone and --adapt all")
     if args.adapt == "all" and "val" in args.splits:
         raise InputError("--adapt all measures its baseline on val: leave out --splits val")
-    if args.depth or args.widen_factor:
-        if args.network:
-            raise InputError(f"--network {args.network} goes without --depth and --widen-factor")
-        args.network = f"WRN-{args.depth or 28}-{args.widen_factor or 4}"
     check_device(args.device)
     return args
 
@@ -429,8 +424,7 @@ def main():
         wanted = vars(args)[name]
         vars(args)[name] = value if wanted is None else wanted
         if given and vars(args)[name] != value:
-            flag = "depth, --widen-factor or --network" if name == "network" else name.replace("_", "-")
-            raise InputError(f"--{flag} {wanted}: {given} has {value}")
+            raise InputError(f"--{name.replace('_', '-')} {wanted}: {given} has {value}")
 
     # everything is looked at before the first step is taken
     annotated = domains_of(args.data)

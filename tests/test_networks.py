@@ -300,7 +300,7 @@ def test_scripts_take_a_network_of_torchvision_folders_and_a_later_domain(photos
     (["--network", "resnet18", "--weights", "no.pt"], "no.pt"), (["--weights", "no.pt"], "--weights"),
     (["--network", "resnet18", "--weights", "OTHER"], "OTHER"), (["--network", "WRN-10-x"], "WRN-10-x"),
     (["--network", "mobilenet_v2", "--weights", "WEIGHTS"], "WEIGHTS"),
-    (["--network", "resnet18", "--depth", "10"], "--depth"), (["--domains", "cats"], "cats")])
+    (["--domains", "cats"], "cats")])
 def test_bad_networks_and_weights_are_named_and_nothing_is_written(words, named, photos, tmp_path, refused):
     places = {"WEIGHTS": photos.with_suffix(".pt"), "OTHER": photos / "signs/test/class 0/0.png"}
     words = [places.get(word, word) for word in words]

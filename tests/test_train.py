@@ -22,7 +22,7 @@ from test_ba2ps import plain
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 DOMAINS = ["strokes", "textures"]  # 9 images each: two batches of 4, and one image
-TINY = """--source shapes --depth 10 --widen-factor 1 --image-size 16 --backbone-epochs 2 --epochs 4
+TINY = """--source shapes --network WRN-10-1 --image-size 16 --backbone-epochs 2 --epochs 4
     --milestone 3 --batch-size 4 --lr 1e-2 --switch-lr 4e-4 --multiplier-lr 3 --workers 0 --device cpu"""
 STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 
@@ -182,13 +182,14 @@ def test_settled_no_domain_is_over_its_budget_and_batch_norm_trains_on(of, learn
 
 
 def test_without_data_the_toys_settings_and_flags_before_recipes_and_help(script, monkeypatch):
-    first = {"data": None, "source": "shapes", "no_mirror": ["strokes", "signs", "digits"], "depth": 10,
-             "widen_factor": 2, "image_size": 32, "epochs": 40, "milestone": 30, "lr": 1e-2, "distinct": True,
-             "recipe": "settled", "batch_size": 16, "settle": 0.5, "switch_lr": 3e-4, "budget_of": "channels"}
+    first = {"data": None, "source": "shapes", "no_mirror": ["strokes", "signs", "digits"],
+             "network": "WRN-10-2", "image_size": 32, "epochs": 40, "milestone": 30, "lr": 1e-2,
+             "distinct": True, "recipe": "settled", "batch_size": 16, "settle": 0.5, "switch_lr": 3e-4,
+             "budget_of": "channels"}
     for name in ("train.py", "evaluate.py", "prune.py"):
         assert "show this help" in script(name, "--help")[1]
     for words, expected in {
-            "": first, "--depth 16": first | {"depth": 16},
+            "": first, "--network WRN-16-2": first | {"network": "WRN-16-2"},
             "--data d --settle 0.1 --budget-of macs --recipe settled": {"budget_of": "macs", "settle": 0.1},
             "--data d": {"budget_of": "layers", "settle": None, "batch_size": 32, "epochs": 60}}.items():
         monkeypatch.setattr(sys, "argv", ["train.py", *words.split()])
@@ -374,16 +375,18 @@ def test_two_processes_end_alike_and_follow_one(flags, words, run, tmp_path):
     torch.testing.assert_close([*one.parameters()], [*alone.parameters()], rtol=0, atol=1e-5)
 
 
-BAD = """--budget 1.5|--budget -0.1|--budget nan|--budget half|--budget-of flops|--depth 9|--depth ten
---widen-factor 0|--image-size 8|--image-size 16.5|--batch-size 0|--batch-size 4.5|--epochs -1|--milestone 0
+BAD = """--budget 1.5|--budget -0.1|--budget nan|--budget half|--budget-of flops
+--image-size 8|--image-size 16.5|--batch-size 0|--batch-size 4.5|--epochs -1|--milestone 0
 --backbone-epochs -1|--lr -1|--lr nan|--lr inf|--switch-lr -1|--multiplier-lr -1|--sharing -1|--sharing some
 --sharing nan|--sharing-loss dice|--share-to none|--schedule random|--settle 2|--recipe cake|--adapt none
 --precision fp16|--splits test|--splits|--seed one|--seed 1e3|--seed 99999999999999999999|--device toaster
 --device cuda:99|--workers -1|--domains|--domains shapes|--domains strokes strokes|--no-mirror plants|--hold
 --independent|--adapt all --splits val|--out text|--backbone pruned.pt|--backbone model.pt
---depth 16 --backbone backbone.pt|--image-size 32 --backbone backbone.pt|--source a --backbone backbone.pt
---start-from model.pt --adapt all|--start-from model.pt --backbone backbone.pt"""
-VALUES = """--budget 0.01|--budget 0|--depth 11|--data nowhere|--data text|--cache text|--backbone text|word
+--network WRN-16-1 --backbone backbone.pt|--image-size 32 --backbone backbone.pt
+--source a --backbone backbone.pt|--start-from model.pt --adapt all
+--start-from model.pt --backbone backbone.pt"""
+VALUES = """--budget 0.01|--budget 0|--network WRN-11-1|--network WRN-4-1|--network WRN-10-0|--network WRN-10
+--data nowhere|--data text|--cache text|--backbone text|word
 --backbone missing.pt|--domains plants|--source plants|--start-from backbone.pt"""  # the last word is named
 
 
