@@ -493,10 +493,13 @@ class Switches:
     while the domains share too little. Other domains of the network count in the sharing loss, and stay as
     they are. form: see sharing_loss. share_to: "current": the sharing loss moves the batch's domains alone.
     rate: step of the prices. settle: share of the run after which every domain's least switches go off until
-    its budget holds, and no switch moves any more; None: never."""
+    its budget holds, and no switch moves any more; None: never. rank: which are the least. "switches": those
+    of least value. "gradients": every switch is on until then, without losses, and its importance is the mean
+    square of its gradient (Molchanov et al., CVPR 2019); least is least importance for the domain, plus
+    lambda_PS times that for each other domain, per cost."""
 
     def __init__(self, network, domains, budget, of="channels", image_size=None, sharing=1.0,
-                 form="intersection", share_to="all", rate=0.3, settle=None):
+                 form="intersection", share_to="all", rate=0.3, settle=None, rank="switches"):
         self.domains, self.budget, self.form, self.rate = served(network, domains), budget, form, rate
         self.settle, self.learned = math.inf if settle is None else settle, sharing == "learned"
         self.everyone = share_to == "all" and sharing != 0                # whether L_PS moves all domains
@@ -515,7 +518,8 @@ class Switches:
         self.others = [torch.cat([layer.read(domain) for layer in self.layers])
                        for domain in network.domains if domain not in self.domains]
         self.rows = {domain: nn.Parameter(torch.empty(0)) for domain in self.domains}
-        self.settled = False
+        self.settled, self.measuring = False, rank == "gradients" and settle is not None
+        self.importance = {domain: torch.full_like(self.costs, 1e-30) for domain in self.domains}
         self.begin([], 0.0)
 
     def parameters(self):
@@ -539,7 +543,7 @@ class Switches:
 
     def loss(self, batch):
         """L_B of the domains `batch` + L_PS (Eq. 4 and 5), a scalar; 0 once the switches have settled."""
-        if self.settled:
+        if self.settled or self.measuring:
             return 0.0
         s = binarize(torch.stack([row if domain in self.moving else row.detach()
                                   for domain, row in self.rows.items()]))  # (N, M)
@@ -567,6 +571,11 @@ class Switches:
             row.grad = grads if row.grad is None else row.grad + grads
             for part in parts:
                 part.grad = None
+            if self.measuring:
+                self.importance[domain] = 0.999 * self.importance[domain].to(row.device) + row.grad ** 2
+                row.grad = None
+        if self.measuring:
+            return
         optimizer.step()
         optimizer.zero_grad()  # to None: Adam's momentum does not move the domains of other batches
         moved = torch.stack([self.rows[domain] for domain in self.moving])                           # (N, M)
@@ -580,30 +589,26 @@ class Switches:
     @torch.no_grad()
     def hold(self, domain):
         """Switch off the least switches of `domain` until its budget holds, not the strongest of a layer."""
-        row = self.rows[domain]
-        values = torch.where(row > 0, row, math.inf)
-        for part, real in zip(values.split(self.widths), row.split(self.widths)):
-            part[real.argmax()] = math.inf
-        order = values.argsort()[:int(values.isfinite().sum())]  # the least first
+        row = values = self.rows[domain]
+        if self.measuring:
+            own, *rest = [(part / part.sum()).to(row.device) for part in (
+                self.importance[domain], *self.importance.values(), *self.others)]
+            values = ((1 - self.sharing) * own + self.sharing * sum(rest)) / self.costs
+        values = torch.where(row > 0, values, -math.inf)
+        for layer in values.split(self.widths):
+            layer[layer.argmax()] = math.inf
+        order = values.argsort()  # the least first
+        order = order[values[order].isfinite()]
         over = (self.costs * (row > 0)).sum() + self.fixed - self.budget
         before = self.costs[order].cumsum(0) - self.costs[order]
         row[order[before < over - 1e-9]] = 0
 
     def state_dict(self):
-        return {"prices": self.prices, "sharing": self.sharing}
+        return {"prices": self.prices, "sharing": self.sharing, "importance": self.importance}
 
     def load_state_dict(self, state):
         self.prices, self.sharing = dict(state["prices"]), state["sharing"]
-
-
-@torch.no_grad()
-def start_by_norm(network, domains):
-    """Scale the switches of `domains` by the norm of the weights they switch, relative to the layer's mean.
-    With equal ones Adam, which moves each by about its rate, takes crowds through zero together."""
-    for layer in switched_layers(network).values():
-        norms = layer.weight.flatten(2).norm(dim=(0, 2))  # (C_in,)
-        for domain in served(network, domains):
-            layer.switches[domain].mul_(norms / norms.mean())
+        self.importance = dict(state["importance"])
 
 
 @torch.no_grad()

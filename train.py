@@ -41,7 +41,7 @@ def adapt(network, domains, train, val, args, run):
         network.requires_grad_(True)
     switches = ba2ps.Switches(
         network, domains, args.budget, args.budget_of, args.image_size, args.sharing, args.sharing_loss,
-        args.share_to, args.multiplier_lr, args.settle)
+        args.share_to, args.multiplier_lr, args.settle, args.rank)
     weights = network.owned_parameters(domains)
     if args.adapt == "all":
         weights = [p for p in network.parameters() if p.requires_grad]  # the switches are held by now
@@ -302,7 +302,7 @@ class Run:
 
 RECIPES = {  # the flags that --recipe sets; one that is given goes first
     "paper": {"budget_of": "layers"},
-    "settled": {"budget_of": "channels", "settle": 0.5, "batch_size": 16, "distinct": True}}
+    "settled": {"budget_of": "channels", "settle": 0.2, "rank": "gradients", "batch_size": 16}}
 TOY = {"source": "shapes", "no_mirror": ["strokes", "signs", "digits"], "network": "WRN-10-2",
        "image_size": 32, "backbone_epochs": 30, "epochs": 40, "milestone": 30, "lr": 1e-2, "switch_lr": 3e-4,
        "recipe": "settled", "out": "runs/first"}
@@ -332,7 +332,7 @@ def parse():
     add("--image-size", type=at_least(16), help="of the crop, default 64, or 224 for torchvision's networks; "
         "images are resized to 9/8 of it")
     add("--recipe", default="paper", choices=list(RECIPES), help="paper: as published, --budget-of layers; "
-        "settled: no domain over budget, --budget-of channels --settle 0.5 --batch-size 16 --distinct")
+        "settled: no domain over budget, --budget-of channels --settle 0.2 --rank gradients --batch-size 16")
     add("--budget", type=at_least(0.0, 1.0), default=0.5, help="beta: what a domain may have on")
     add("--budget-of", choices=ba2ps.BUDGETS, help="its measure: mean share over layers, share of channels, "
         "of multiply-accumulates, of weights")
@@ -346,7 +346,8 @@ def parse():
         help="classifier: batch-norm and classifier, all channels on; all: a fine-tuned network a domain")
     add("--settle", type=at_least(0.0, 1.0), metavar="SHARE", help="of the epochs, after which each domain's "
         "least switches go off until its budget holds, and the switches stay (default: never)")
-    add("--distinct", action="store_true", help="switches start in proportion to the norm of their weights")
+    add("--rank", default="switches", choices=["switches", "gradients"], help="what tells the least at "
+        "--settle: the switches, trained until then; or the mean square of their gradients, all being on")
     add("--epochs", type=at_least(0), default=60, help="0: the backbone alone")
     add("--milestone", type=at_least(1), default=45, help="epoch after which both rates are divided by 10")
     add("--batch-size", type=at_least(1), default=32)
@@ -490,8 +491,6 @@ def main():
         for domain in [domain for domain in domains if domain not in network.domains]:
             torch.manual_seed(args.seed)  # a domain starts alike whatever other domains there are
             network.add_domain(domain, len(records[domain]["classes"]))
-            if args.distinct:
-                ba2ps.start_by_norm(network, [domain])
         for group in [[domain] for domain in domains] if args.independent else [domains]:
             adapt(network, group, train, val, args, run)
         run.save_model(out / "model.pt", network, **facts)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The method against computations of another kind: loops, float64, counts by hand, finite differences."""
+import collections
 import copy
 import itertools
 import math
@@ -353,14 +354,39 @@ def test_budgets_from_a_channel_a_layer_to_1_and_equal_switches(of):
         assert budget - max(each.values()) + 1e-9 < ba2ps.usage(net, of, 32)["d0"] <= budget + 1e-9
 
 
-def test_a_start_by_norm_is_proportional_to_the_norms_of_the_weights():
-    net = network(3)
-    before = copy.deepcopy(net)
-    ba2ps.start_by_norm(net, ["d0", "d2"])
-    for (name, layer), domain in itertools.product(ba2ps.switched_layers(net).items(), net.domains):
-        norms = [math.hypot(*layer.weight[:, c].flatten().tolist()) for c in range(layer.in_channels)]
-        scales = [1.0 if domain == "d1" else norm * len(norms) / sum(norms) for norm in norms]
-        close(layer.switches[domain], switches_of(before, domain)[name] * torch.tensor(scales))
+@pytest.mark.parametrize("of, sharing", [("macs", 0.5), ("channels", 1.0), ("layers", 0.0)])
+def test_ranked_by_gradients_what_the_loss_feels_least_goes_off(of, sharing):
+    net, trained = network(3, on=1.5), [f"d{i}" for i in range(2)]
+    for switches in switches_of(net, "d2").values():  # of a domain that trained as it is
+        switches.data -= 1.2 * (switches < switches.max())
+    switches = ba2ps.Switches(net, trained, 0.4, of, 32, sharing, settle=0.5, rank="gradients")
+    before, square = copy.deepcopy(net), {domain: collections.Counter() for domain in trained}
+    for domain in ["d0", "d1", "d0", "d0"]:
+        switches.begin([domain], 0.4)
+        assert switches.loss([domain]) == 0
+        for name, part in switches_of(net, domain).items():
+            part.grad = torch.randn_like(part)
+            for c, grad in enumerate(part.grad.tolist()):
+                square[domain][name, c] = 0.999 * square[domain][name, c] + grad ** 2
+        switches.step(torch.optim.Adam(switches.parameters(), 1.0), [domain])
+    assert not changed(net, before)
+    state = switches.state_dict()
+    switches = ba2ps.Switches(net, trained, 0.4, of, 32, sharing, settle=0.5, rank="gradients")
+    switches.load_state_dict(state)
+    switches.begin(["d0"], 0.5)
+    (each, fixed), third = costs_by_hand(net, of), channels_on(net, "d2")
+    felt = {domain: {key: value / sum(square[domain].values()) for key, value in square[domain].items()}
+            for domain in trained}
+    for own, other in (trained, trained[::-1]):
+        worth = {key: (felt[own][key] + sharing * felt[other][key] + sharing * (key in third) / len(third))
+                 / each[key[0]] for key in felt[own]}
+        strongest = {max((key for key in worth if key[0] == name), key=worth.get) for name in each}
+        on = set(worth)
+        for key in sorted(set(worth) - strongest, key=worth.get):
+            if fixed + math.fsum(each[name] for name, _ in on) > 0.4 + 1e-9:
+                on.remove(key)
+        assert set(channels_on(net, own)) == on
+    assert channels_on(net, "d2") == third
 
 
 def test_reestimated_statistics_are_those_of_all_images():
@@ -407,7 +433,7 @@ MEASURING = [
 
 
 @pytest.mark.parametrize("use", [
-    *MEASURING, ba2ps.prune, ba2ps.start_by_norm, lambda net, domains: ba2ps.Switches(net, domains, 0.5),
+    *MEASURING, ba2ps.prune, lambda net, domains: ba2ps.Switches(net, domains, 0.5),
     lambda net, d: ba2ps.reestimate_batch_norm(net, d[-1], []), lambda net, d: net.remove_domain(d[-1])])
 def test_measuring_changes_nothing_and_a_misspelt_domain_or_a_string_is_refused_with_the_choices(use):
     def held():  # modes; attributes, and what dictionaries hold (parameters, hooks), by identity

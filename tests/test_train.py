@@ -141,7 +141,7 @@ def test_two_epochs_are_those_of_a_plain_loop(flags, budget, sharing, everyone, 
 def test_every_way_of_training_has_switches_of_its_own_and_a_seed_gives_them_again(learn):
     flags = "--budget 0.9 --switch-lr 1e-3 --epochs 2 --"
     ways = ["sharing learned", "sharing 0", "sharing-loss union", "sharing-loss jaccard", "share-to current",
-            "schedule batch", "schedule mixed", "distinct", "sharing 1", "seed 1", "seed 1", "seed 0",
+            "schedule batch", "schedule mixed", "multiplier-lr 9", "sharing 1", "seed 1", "seed 1", "seed 0",
             "independent --sharing 0"]
     ends = [learn(way, flags + way)[0] for way in ways]
     alike = [(ways[i], ways[k]) for i, k in itertools.combinations(range(len(ways)), 2)
@@ -164,27 +164,27 @@ def test_every_schedule_shows_every_image_once_an_epoch(name):
     assert {"epoch": runs == 3, "batch": turns == "aabacaaba", "mixed": len(turns) == 8}[name]
 
 
-@pytest.mark.parametrize("of", ba2ps.BUDGETS)
-def test_settled_no_domain_is_over_its_budget_and_batch_norm_trains_on(of, learn, tmp_path, monkeypatch):
+@pytest.mark.parametrize("of, rank", [*((of, "gradients") for of in ba2ps.BUDGETS), ("macs", "switches")])
+def test_settled_no_domain_is_over_budget_and_batch_norm_trains_on(of, rank, learn, tmp_path, monkeypatch):
     ends, report = [], train.report
     monkeypatch.setattr(train, "report", lambda network, *rest: (
         ends.append(copy.deepcopy(network)), report(network, *rest)))
-    network, facts = learn("run", f"""--recipe settled --budget-of {of} --budget 0.4 --milestone 4
-                           --switch-lr 1e-4 --multiplier-lr 0.1""")
+    network, facts = learn("run", f"""--recipe settled --settle 0.5 --budget-of {of} --budget 0.4
+                           --milestone 4 --rank {rank} --switch-lr 1e-4 --multiplier-lr 0.1""")
     each, _ = ba2ps.costs(network, of, 16)
     logged = [float(row["usage"]) for row in log_of(tmp_path / "run")]
     for domain, final in enumerate(ba2ps.usage(network, of, 16).values()):
         assert 0.4 - max(each.values()) < final < 0.4 + 1e-9 and facts["budget_of"] == of
         assert min(logged[:4]) > 0.6 and logged[domain + 4::2] == pytest.approx([final] * 2, rel=1e-5)
     counter = {"num_batches_tracked"}  # of batch-norm, without meaning at a fixed momentum
-    assert kinds(*ends[:2]) - kinds(*ends[2:]) == {*DOMAINS} | counter
+    assert kinds(*ends[:2]) - kinds(*ends[2:]) == counter | ({*DOMAINS} if rank == "switches" else set())
     assert kinds(*ends[2:]) == {"weight", "bias"} | STATISTICS - counter and not kinds(ends[3], network)
 
 
 def test_without_data_the_toys_settings_and_flags_before_recipes_and_help(script, monkeypatch):
     first = {"data": None, "source": "shapes", "no_mirror": ["strokes", "signs", "digits"],
              "network": "WRN-10-2", "image_size": 32, "epochs": 40, "milestone": 30, "lr": 1e-2,
-             "distinct": True, "recipe": "settled", "batch_size": 16, "settle": 0.5, "switch_lr": 3e-4,
+             "rank": "gradients", "recipe": "settled", "batch_size": 16, "settle": 0.2, "switch_lr": 3e-4,
              "budget_of": "channels"}
     for name in ("train.py", "evaluate.py", "prune.py"):
         assert "show this help" in script(name, "--help")[1]
