@@ -9,10 +9,11 @@ inference: params as stored, and the speed-up of one domain's dense network over
 memory format, as a share of what the ratio of MACs promises. Random masks, the same for all domains.
 
 training: a step of batch 32 with switches, budget and sharing loss over ten domains and both optimizers, as
-train.py takes it; the same step of the frozen backbone without switches; full fine-tuning; and the floor, one
-forward and one input-gradient pass of the frozen backbone. Medians of interleaved repeats, each in its faster
-memory format. The rate of the convolutions is held against that of a large matrix product. Peak memory is
-that of a process of its own for each kind of step, less what it was before the first.
+train.py takes it; the same once the switches have settled, with random masks at 0.25 that all domains share;
+the same step of the frozen backbone without switches; full fine-tuning; and the floor, one forward and one
+input-gradient pass of the frozen backbone. Medians of interleaved repeats, each in its faster memory format.
+The rate of the convolutions is held against that of a large matrix product. Peak memory is that of a process
+of its own for each kind of step, less what it was before the first.
 
 data: the share of an epoch that goes into batches once the cache is warm, batch 32; images/s from the cache
 over images/s decoded; ten crops over ten forward passes of one crop each, already on the device; and the
@@ -99,7 +100,7 @@ def inference(args):
 
 # -------- training ------------------------------------------------------------------------------------------
 
-KINDS = ("switches", "no sharing loss", "no switches", "fine-tuning", "floor")
+KINDS = ("switches", "no sharing loss", "settled", "no switches", "fine-tuning", "floor")
 
 
 def step_of(kind, widen_factor, size, form, device, domains=10):
@@ -115,8 +116,17 @@ def step_of(kind, widen_factor, size, form, device, domains=10):
     x = torch.randn(32, 3, size, size, device=device).contiguous(memory_format=form)
     x.requires_grad_(kind == "floor")
     y, batch = torch.randint(10, (32,), device=device), {names[0]: range(32)}
-    if kind in KINDS[:2]:
-        switches = ba2ps.Switches(net, names, 0.5, sharing=float(kind == "switches"))
+    forward = net
+    if kind in KINDS[:3]:
+        for layer in ba2ps.switched_layers(net).values() if kind == "settled" else ():
+            values = torch.rand(layer.in_channels, device=device)  # the same for all domains
+            for real in layer.switches.values():
+                real.data.copy_(values)
+        budget, settle = (0.25, 0.0) if kind == "settled" else (0.5, None)
+        switches = ba2ps.Switches(net, names, budget, sharing=float(kind == "switches"), settle=settle)
+        switches.begin(batch, 0.0)
+        if switches.settled:
+            forward = ba2ps.without_unused(net, names)
         adam = torch.optim.Adam(switches.parameters(), lr=1e-4, fused=True)
     else:
         for layer in ba2ps.switched_layers(net).values():
@@ -126,10 +136,10 @@ def step_of(kind, widen_factor, size, form, device, domains=10):
 
     def step():
         loss = 0.0
-        if kind in KINDS[:2]:
+        if kind in KINDS[:3]:
             switches.begin(batch, 0.0)
             loss = switches.loss(batch)
-        task = F.cross_entropy(net(x, names[0]), y, reduction="sum")
+        task = F.cross_entropy(forward(x, names[0]), y, reduction="sum")
         task.item()  # the loop sums them up
         loss = loss + task / len(y)
         if sgd:
@@ -137,7 +147,7 @@ def step_of(kind, widen_factor, size, form, device, domains=10):
         loss.backward()
         if sgd:
             sgd.step()
-        if kind in KINDS[:2]:
+        if kind in KINDS[:3]:
             switches.step(adam, batch)
         x.grad = None
     return step
@@ -191,6 +201,7 @@ def training(args):
               f"{FORMATS[best['switches']]}")
         show("   over no switches", ratio("switches", "no switches"), "x", 1.05)
         show("   over full fine-tuning", ratio("switches", "fine-tuning"), "x", 0.72)
+        show("   once settled at 0.25", ratio("settled", "switches"), "x", None)
         show("   the sharing loss, of a step", 100 - 100 / ratio("switches", "no sharing loss"), "%", 2)
         show("   the floor, of a step", 100 / ratio("switches", "floor"), "%", None)
         show("   of the matrix-product rate", 100 * macs / spent / rate, "%", None,

@@ -40,7 +40,8 @@ def entries(domain, downloads):
 
 def build(out, downloads):
     """Write the five domains to `out`."""
-    Path(out).mkdir(parents=True)
+    if Path(out).exists():
+        sys.exit(f"{out} is there already: give another DIR")
     for domain, counts in COUNTS.items():
         classes, draw = defaultdict(lambda: defaultdict(list)), random.Random(0)
         for label, group, image in entries(domain, downloads):

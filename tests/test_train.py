@@ -183,15 +183,16 @@ def test_settled_no_domain_is_over_budget_and_batch_norm_trains_on(of, rank, lea
 
 def test_without_data_the_toys_settings_and_flags_before_recipes_and_help(script, monkeypatch):
     first = {"data": None, "source": "shapes", "no_mirror": ["strokes", "signs", "digits"],
-             "network": "WRN-10-2", "image_size": 32, "epochs": 40, "milestone": 30, "lr": 1e-2,
+             "network": "WRN-10-2", "image_size": 32, "epochs": 40, "milestone": 30, "lr": 0.1,
              "rank": "gradients", "recipe": "settled", "batch_size": 16, "settle": 0.2, "switch_lr": 3e-4,
              "budget_of": "channels"}
     for name in ("train.py", "evaluate.py", "prune.py"):
         assert "show this help" in script(name, "--help")[1]
     for words, expected in {
             "": first, "--network WRN-16-2": first | {"network": "WRN-16-2"},
-            "--data d --settle 0.1 --budget-of macs --recipe settled": {"budget_of": "macs", "settle": 0.1},
-            "--data d": {"budget_of": "layers", "settle": None, "batch_size": 32, "epochs": 60}}.items():
+            "--data d --settle 0.1 --budget-of macs --recipe settled": {"budget_of": "macs", "settle": 0.1,
+                                                                        "lr": 0.1},
+            "--data d": {"budget_of": "layers", "settle": None, "batch_size": 32, "lr": 1e-3}}.items():
         monkeypatch.setattr(sys, "argv", ["train.py", *words.split()])
         assert vars(train.parse()).items() >= expected.items()
 
@@ -381,7 +382,7 @@ BAD = """--budget 1.5|--budget -0.1|--budget nan|--budget half|--budget-of flops
 --sharing nan|--sharing-loss dice|--share-to none|--schedule random|--settle 2|--recipe cake|--adapt none
 --precision fp16|--splits test|--splits|--seed one|--seed 1e3|--seed 99999999999999999999|--device toaster
 --device cuda:99|--workers -1|--domains|--domains shapes|--domains strokes strokes|--no-mirror plants|--hold
---independent|--adapt all --splits val|--out text|--backbone pruned.pt|--backbone model.pt
+--independent|--rank gradients|--adapt all --splits val|--out text|--backbone pruned.pt|--backbone model.pt
 --network WRN-16-1 --backbone backbone.pt|--image-size 32 --backbone backbone.pt
 --source a --backbone backbone.pt|--start-from model.pt --adapt all
 --start-from model.pt --backbone backbone.pt"""
