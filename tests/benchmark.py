@@ -61,6 +61,16 @@ def show(what, value, unit, most, more=""):
     print(f"{what:34}{value:8.3f}{unit}{bar}{f'; {more}' if more else ''}", flush=True)
 
 
+@torch.no_grad()
+def mask_alike(net, usage):
+    """Random masks with this share of each layer's channels on, the same for all domains."""
+    for layer in ba2ps.switched_layers(net).values():
+        on = torch.zeros(layer.in_channels)
+        on[torch.randperm(layer.in_channels)[:round(usage * layer.in_channels)]] = 1
+        for domain in net.domains:
+            layer.switches[domain].copy_(1e-3 * (2 * on - 1))
+
+
 # -------- inference -----------------------------------------------------------------------------------------
 
 STORED = {0.25: 0.165, 0.5: 0.40, 0.75: 0.69}  # usage -> params as stored, at most
@@ -74,11 +84,7 @@ def masked(usage, domains=9):
     net = ba2ps.WideResNet(28, 4, "source", 10)
     for i in range(domains):
         net.add_domain(f"d{i}", 10)
-    for layer in ba2ps.switched_layers(net).values():
-        on = torch.zeros(layer.in_channels)
-        on[torch.randperm(layer.in_channels)[:round(usage * layer.in_channels)]] = 1
-        for domain in net.domains:
-            layer.switches[domain].copy_(1e-3 * (2 * on - 1))
+    mask_alike(net, usage)
     for norm in [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]:
         nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.normal_(norm.bias, std=0.3)
     return net.eval()
@@ -118,13 +124,10 @@ def step_of(kind, widen_factor, size, form, device, domains=10):
     y, batch = torch.randint(10, (32,), device=device), {names[0]: range(32)}
     forward = net
     if kind in KINDS[:3]:
-        for layer in ba2ps.switched_layers(net).values() if kind == "settled" else ():
-            values = torch.rand(layer.in_channels, device=device)  # the same for all domains
-            for real in layer.switches.values():
-                real.data.copy_(values)
-        budget, settle = (0.25, 0.0) if kind == "settled" else (0.5, None)
-        switches = ba2ps.Switches(net, names, budget, sharing=float(kind == "switches"), settle=settle)
-        switches.begin(batch, 0.0)
+        if kind == "settled":
+            mask_alike(net, 0.25)
+        switches = ba2ps.Switches(net, names, 0.5, sharing=float(kind == "switches"),
+                                  settle=0.0 if kind == "settled" else None)
         if switches.settled:
             forward = ba2ps.without_unused(net, names)
         adam = torch.optim.Adam(switches.parameters(), lr=1e-4, fused=True)
