@@ -260,7 +260,9 @@ class GraphNetwork(MultiDomain, fx.GraphModule):
         self.train(like.training)
 
     def __deepcopy__(self, memo):  # GraphModule's own forgets the attributes
-        return GraphNetwork(super().__deepcopy__(memo), copy.deepcopy(self.graph), self, self.pruned)
+        root, parts = nn.Module(), copy.deepcopy((self._modules, self._parameters, self._buffers), memo)
+        root._modules, root._parameters, root._buffers = parts
+        return GraphNetwork(root, copy.deepcopy(self.graph), self, self.pruned)
 
 
 def add_switches(network, domains, source="imagenet", image_size=224, name=None, options=None):
@@ -661,17 +663,17 @@ def shared_layers(network):
 def table(network, image_size=None):
     """{layer: its weights in the backbone} for every layer that the domains share, biases and the like under
     names of their own; with image_size {layer: its MACs for a crop}, counted by THOP."""
-    network, whole, operations = copy.deepcopy(network).to("meta"), {}, {}  # THOP changes modes and buffers
-    shared = shared_layers(network)
-    for name, module in shared.items():
+    whole, operations = {}, {}
+    for name, module in shared_layers(network).items():
         own = {key: p.numel() for key, p in module.named_parameters(recurse=False)}
         for key, number in getattr(module, "whole", own).items():
             whole[name if key == "weight" else f"{name}.{key}"] = number
     if image_size is None:
         return whole
+    network = copy.deepcopy(network).to("meta")  # THOP changes modes and buffers
     from thop import profile  # which needs setuptools from Python 3.12 on
     from thop.vision.basic_hooks import count_convNd, count_linear
-    names = {module: name for name, module in shared.items()}
+    names = {module: name for name, module in shared_layers(network).items()}
 
     def count(layer, inputs, output):
         if layer in names:

@@ -402,9 +402,8 @@ def test_reestimated_statistics_are_those_of_all_images():
     assert len(seen) == 13 and all(module["d0"].momentum == 0.1 for module in seen)
 
 
-@pytest.mark.parametrize("size", [64, 33])
-def test_costs_by_loops_masked_and_pruned(size):
-    net = network(3, 16, 2, on=0.3)
+def test_costs_by_loops_masked_and_pruned():
+    net, size = network(3, 10, 2, on=0.3), 33
     on = {domain: channels_on(net, domain) for domain in net.domains}
     norms = sum(m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d)) // 4  # of a domain
     weights = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Conv2d))
@@ -412,11 +411,12 @@ def test_costs_by_loops_masked_and_pruned(size):
     whole = 16 * 27 * size ** 2 / hand["macs"][1]  # MACs of the stem over their share
     for of, (each, fixed) in hand.items():
         assert ba2ps.costs(net, of, size) == (approx(each), approx(fixed))
+    kept = ba2ps.prune(net, keep_source=True)
     def left(of, *domains):
         return hand[of][1] + sum(hand[of][0][name] for name, _ in set().union(*map(on.get, domains)))
     for domains in (["d0"], ["d2", "d0"], ["d0", "d1", "d2"]):
         own = len(domains) * (4 * norms + len(set().union(*map(on.get, domains))) / 32)
-        for small in (net, ba2ps.prune(net, domains), ba2ps.prune(net, keep_source=True)):
+        for small in (net, ba2ps.prune(net, domains), kept):
             assert ba2ps.sparsity(small, domains)[0] == approx({d: 1 - left("layers", d) for d in domains})
             assert ba2ps.sparsity(small, domains)[1] == approx(1 - left("layers", *domains))  # Table 7
             assert ba2ps.params(small, domains) == approx(left("params", *domains) + own / weights)
@@ -450,7 +450,7 @@ def test_measuring_changes_nothing_and_a_misspelt_domain_or_a_string_is_refused_
         assert not changed(net, before) and objects == held()
 
 
-@pytest.mark.parametrize("on", [0.02, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("on", [0.02, 0.3])
 def test_a_pruned_network_gives_the_same_logits(on):
     net = network(3, 16, on=on).double()
     before, two = copy.deepcopy(net), ba2ps.prune(net, ["d0", "d2"])

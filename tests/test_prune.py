@@ -66,9 +66,10 @@ def assert_same(small, net, domains, shapes=SHAPES):
             assert error <= bound * max(1, expected.abs().max()), (domain, x.shape, error)
 
 
-@pytest.mark.parametrize("share, dtype", [  # 0: one channel a layer
-    (0, torch.double), (0.3, torch.float), (0.6, torch.double), (1.0, torch.float)])
-@pytest.mark.parametrize("kind", ["own", "identical", "disjoint"])
+@pytest.mark.parametrize("kind, share, dtype", [
+    ("own", 0, torch.double),  # one channel a layer
+    ("own", 0.3, torch.float), ("own", 0.6, torch.double), ("identical", 0.3, torch.double),
+    ("disjoint", 0.6, torch.double), ("identical", 1.0, torch.float)])
 def test_pruned_and_dense_networks_give_the_logits_of_the_masked_one(kind, share, dtype):
     net = network(3, 16, 1, share, kind).to(dtype)
     small = ba2ps.prune(net)

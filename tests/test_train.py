@@ -280,14 +280,14 @@ def left(out):
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_at_any_moment_and_resumed_is_as_if_never_killed(name, words, run, script, tmp_path):
     words, out = [*words, *RUNS[name].replace("RUN", str(run)).split(), "--resume", "--out"], tmp_path / "run"
-    moments, codes = torch.randint(25, (6,)).tolist(), []
+    moments, codes = torch.randint(25, (4,)).tolist(), []
     for folder, number in (("whole", -1), *(("run", moment) for moment in moments), ("run", -1)):
         process = SERVER.Process(target=work, args=([*words, tmp_path / folder], kill_at, number))
         process.start()
         process.join()
         codes.append(process.exitcode)
     printed = (tmp_path / "run.txt").read_text()
-    assert codes[:5] == [0, -9, -9, -9, -9] and codes[-1] == 0 and "going on from" in printed, printed
+    assert codes == [0, -9, -9, -9, -9, 0] and "going on from" in printed, printed
     assert left(out) == left(tmp_path / "whole")
     assert ("model.pt" in left(out)) == (name not in ("all", "backbone")) and "state.pt" not in left(out)
     assert "finished" in script("train.py", *words, out)[1]
