@@ -1088,7 +1088,7 @@ def load(path, backbone=None):
     return network, facts
 
 
-# -------- 8  The same, faster: batch-norm, ReLU and switched convolution as one; all works without it -------
+# -------- 8  The same in 2/3 of the memory: norm, ReLU and convolution as one; all works without it ---------
 
 class NormReluConvolution(torch.autograd.Function):
     """conv(relu(norm(x))), batch-norm with the statistics of the batch.
