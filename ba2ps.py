@@ -260,9 +260,7 @@ class GraphNetwork(MultiDomain, fx.GraphModule):
         self.train(like.training)
 
     def __deepcopy__(self, memo):  # GraphModule's own forgets the attributes
-        root, parts = nn.Module(), copy.deepcopy((self._modules, self._parameters, self._buffers), memo)
-        root._modules, root._parameters, root._buffers = parts
-        return GraphNetwork(root, copy.deepcopy(self.graph), self, self.pruned)
+        return GraphNetwork(super().__deepcopy__(memo), copy.deepcopy(self.graph), self, self.pruned)
 
 
 def add_switches(network, domains, source="imagenet", image_size=224, name=None, options=None):

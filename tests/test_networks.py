@@ -294,6 +294,7 @@ def test_scripts_take_a_network_of_torchvision_folders_and_a_later_domain(photos
     torch.testing.assert_close(logits(tmp_path / "again.pt", "digits"), logits(later, "digits"))
     again = "--start-from", small, "--domains", "digits", "--resume", "--out", later.parent
     assert "nothing to resume" in run("train.py", *common, *again)
+    run("evaluate.py", "--compare", model, later, "--data", photos)
 
 
 @pytest.mark.parametrize("words, named", [
