@@ -68,7 +68,7 @@ def assert_same(small, net, domains, shapes=SHAPES):
 
 @pytest.mark.parametrize("kind, share, dtype", [
     ("own", 0, torch.double),  # one channel a layer
-    ("own", 0.3, torch.float), ("own", 0.6, torch.double), ("identical", 0.3, torch.double),
+    ("own", 0.3, torch.float), ("identical", 0.3, torch.double),
     ("disjoint", 0.6, torch.double), ("identical", 1.0, torch.float)])
 def test_pruned_and_dense_networks_give_the_logits_of_the_masked_one(kind, share, dtype):
     net = network(3, 16, 1, share, kind).to(dtype)
