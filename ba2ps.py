@@ -533,7 +533,6 @@ class Switches:
                 row.data = torch.cat([part.detach() for part in parts])
                 for part, view in zip(parts, row.data.split(self.widths)):
                     part.data = view
-                self.costs = self.costs.to(row.device)
             if done >= self.settle and not self.settled:
                 self.hold(domain)
                 for part in parts:
@@ -572,7 +571,7 @@ class Switches:
             for part in parts:
                 part.grad = None
             if self.measuring:
-                self.importance[domain] = 0.999 * self.importance[domain].to(row.device) + row.grad ** 2
+                self.importance[domain] = 0.999 * self.importance[domain] + row.grad.cpu() ** 2
                 row.grad = None
         if self.measuring:
             return
@@ -589,9 +588,9 @@ class Switches:
     @torch.no_grad()
     def hold(self, domain):
         """Switch off the least switches of `domain` until its budget holds, not the strongest of a layer."""
-        row = values = self.rows[domain]
+        row = values = self.rows[domain].cpu()
         if self.measuring:
-            own, *rest = [(part / part.sum()).to(row.device) for part in (
+            own, *rest = [part / part.sum() for part in (
                 self.importance[domain], *self.importance.values(), *self.others)]
             values = ((1 - self.sharing) * own + self.sharing * sum(rest)) / self.costs
         values = torch.where(row > 0, values, -math.inf)
@@ -601,7 +600,7 @@ class Switches:
         order = order[values[order].isfinite()]
         over = (self.costs * (row > 0)).sum() + self.fixed - self.budget
         before = self.costs[order].cumsum(0) - self.costs[order]
-        row[order[before < over - 1e-9]] = 0
+        self.rows[domain][order[before < over - 1e-9]] = 0
 
     def state_dict(self):
         return {"prices": self.prices, "sharing": self.sharing, "importance": self.importance}
