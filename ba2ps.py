@@ -358,8 +358,7 @@ class Recorder(fx.Interpreter):
     """Keeps in node.meta["value"] what a node yields on the meta device: a shape, or a number."""
 
     def run_node(self, node):
-        norm = isinstance(layer_of(self.module, node), DomainBatchNorm2d)  # slow on meta, and changes no shape
-        node.meta["value"] = self.env[node.args[0]] if norm else super().run_node(node)
+        node.meta["value"] = super().run_node(node)
         return node.meta["value"]
 
 
@@ -508,6 +507,7 @@ class Switches:
         self.prices = dict.fromkeys(self.domains, 0.0)                    # lambda_d
         layers, (each, self.fixed) = switched_layers(network), costs(network, of, image_size)
         self.layers, self.widths = list(layers.values()), [layer.in_channels for layer in layers.values()]
+        # costs and importance stay on the CPU: not every device has float64
         self.costs = torch.cat([torch.full((width,), each[name], dtype=torch.double)
                                 for name, width in zip(layers, self.widths)])  # (M,)
         least = sum(each.values()) + self.fixed

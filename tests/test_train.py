@@ -164,7 +164,8 @@ def test_every_schedule_shows_every_image_once_an_epoch(name):
     assert {"epoch": runs == 3, "batch": turns == "aabacaaba", "mixed": len(turns) == 8}[name]
 
 
-@pytest.mark.parametrize("of, rank", [("channels", "gradients"), ("params", "gradients"), ("macs", "switches")])
+@pytest.mark.parametrize("of, rank", [
+    ("channels", "gradients"), ("params", "gradients"), ("macs", "switches")])
 def test_settled_no_domain_is_over_budget_and_batch_norm_trains_on(of, rank, learn, tmp_path, monkeypatch):
     ends, report = [], train.report
     monkeypatch.setattr(train, "report", lambda network, *rest: (
@@ -362,7 +363,7 @@ def torchrun(number, words, halves=False):
     return [ba2ps.load(f"{words[-1]}/model.pt{rank}")[0] for rank in range(number)]
 
 
-@pytest.mark.parametrize("flags", ["", "--recipe settled"])
+@pytest.mark.parametrize("flags", ["", "--recipe settled", "--adapt classifier"])
 def test_two_processes_end_alike_and_follow_one(flags, words, run, tmp_path):
     """Of the last batch, a single image, the first process gets none. Steps are those of one process where
     batch-norm finds the same statistics in both halves of a batch."""
