@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+"""What the tests share."""
 import contextlib
 import io
 import runpy
@@ -19,22 +20,30 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def decathlon(tmp_path_factory):
-    """The root of three small domains that toy.py draws: shapes, the source, strokes and textures."""
-    import toy
+    """The root of three small domains from toy.py: shapes, the source, strokes and textures."""
+    from tests import toy  # the module object that train.py imports
     root = tmp_path_factory.mktemp("decathlon") / "data"
-    sizes = {"shapes": (5, (13, 2, 1)), "strokes": (3, (3, 2, 1)), "textures": (3, (3, 2, 1))}
+    sizes = {  # classes, and images per class in train, val and test
+        "shapes": (5, (13, 2, 1)),
+        "strokes": (3, (3, 2, 1)),
+        "textures": (3, (3, 2, 1))}
+    small = {}
+    for domain, (number, counts) in sizes.items():
+        draw, grain, classes, _ = toy.TOY[domain]
+        small[domain] = (draw, grain, classes[:number], counts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "TOY", {domain: (*toy.TOY[domain][:2], toy.TOY[domain][2][:classes], images)
-                                   for domain, (classes, images) in sizes.items()})
+        patch.setattr(toy, "TOY", small)
         toy.draw_toy(root)
     return root
 
 
 @pytest.fixture(scope="session")
 def script():
-    """A function that runs a script in this process: its exit code, standard output and standard error."""
+    """A function that runs a script in this process: its exit code, output and errors."""
     def run(name, *words):
-        code, out, err = 0, io.StringIO(), io.StringIO()
+        code = 0
+        out = io.StringIO()
+        err = io.StringIO()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [name, *map(str, words)])
             try:
@@ -48,9 +57,12 @@ def script():
 
 @pytest.fixture(scope="session")
 def refused(script):
-    """A function: a script ends with exit code 2 and one line on standard error that holds `named`."""
+    """A function: a script ends with exit code 2 and one line of errors that holds `named`."""
     def check(name, *words, named):
         code, _, err = script(name, *words)
-        assert code == 2 and err.startswith(f"{name}: ") and str(named) in err, err
-        assert err.endswith("\n") and err[:-1].isprintable(), err
+        assert code == 2, err
+        assert err.startswith(f"{name}: "), err
+        assert str(named) in err, err
+        assert err.endswith("\n"), err
+        assert err[:-1].isprintable(), err
     return check
