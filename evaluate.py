@@ -1,51 +1,143 @@
 # SPDX-License-Identifier: MIT
-"""The benchmark: data (the Visual Decathlon or folders), crops and scores, the paper's Tables 1, 2, 3 and 7.
+"""The benchmark: scores, ten crops, images and tables.
 
-  python evaluate.py MODEL                                # on the val split of what it was trained on
-  python evaluate.py MODEL --data DIR --split test --results r.json             # for the challenge's server
-  python evaluate.py MODEL --picture channels.png                               # who uses which channel
-  python evaluate.py --compare MODEL MODEL [--data DIR] [--picture betas.png]   # what they prune in common
+  python evaluate.py MODEL                                  # on val of what it was trained on
+  python evaluate.py MODEL --split test --results r.json    # for the challenge's server
+  python evaluate.py --compare MODEL MODEL                  # what they prune in common (Table 3)
 
-The source is served by the untouched backbone: it takes no part in budget, sharing, sparsity or params.
+The source, served by the untouched backbone, has no part in budget, sharing, sparsity and params.
 """
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
-import textwrap
 import time
 import warnings
+from collections import Counter
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import functional as TF
 
 import ba2ps
+
 warnings.filterwarnings("ignore", module="PIL")  # a broken image is an InputError, of one line
 
-# -------- the ten domains of the Visual Decathlon (Rebuffi, Bilen and Vedaldi, NeurIPS 2017) ----------------
+# -------- 1  Scores, crops and predictions; the ten domains (Rebuffi et al., NeurIPS 2017)
 
-MEAN_STD = {  # channel means and deviations that others use; grey domains have one of each
+FINE_TUNED = {  # accuracy (%) of full fine-tuning on test: the baseline of S
+    "imagenet12": 59.87, "aircraft": 60.34, "cifar100": 82.12, "daimlerpedcls": 92.82,
+    "dtd": 55.53, "gtsrb": 97.53, "vgg-flowers": 81.41, "omniglot": 87.69, "svhn": 96.55,
+    "ucf101": 51.20}
+MEAN_STD = {  # channel means and deviations that others use; other domains are measured
     "aircraft": ([.4798, .5107, .5344], [.2107, .2051, .2373]),
     "cifar100": ([.5071, .4867, .4408], [.2675, .2565, .2761]),
-    "daimlerpedcls": ([.482] * 3, [.2361] * 3), "dtd": ([.5270, .4703, .4240], [.2523, .2409, .2499]),
+    "daimlerpedcls": ([.482] * 3, [.2361] * 3),
+    "dtd": ([.5270, .4703, .4240], [.2523, .2409, .2499]),
     "gtsrb": ([.3392, .3118, .3205], [.2756, .2658, .2709]),
     "imagenet12": ([.485, .456, .406], [.229, .224, .225]),
-    "omniglot": ([.081] * 3, [.2705] * 3), "svhn": ([.4377, .4438, .4728], [.198, .201, .197]),
+    "omniglot": ([.081] * 3, [.2705] * 3),
+    "svhn": ([.4377, .4438, .4728], [.198, .201, .197]),
     "ucf101": ([.4995, .4988, .4998], [.109, .1081, .1068]),
     "vgg-flowers": ([.4341, .3831, .2971], [.2851, .2384, .2640])}
-NO_MIRROR = {"dtd", "gtsrb", "omniglot", "svhn"}  # trained without mirroring, so five crops (section 4.1)
-# accuracy (%) of full fine-tuning on test: the reference of S
-FINE_TUNED = {"imagenet12": 59.87, "aircraft": 60.34, "cifar100": 82.12, "daimlerpedcls": 92.82, "dtd": 55.53,
-              "gtsrb": 97.53, "vgg-flowers": 81.41, "omniglot": 87.69, "svhn": 96.55, "ucf101": 51.20}
+NO_MIRROR = {"dtd", "gtsrb", "omniglot", "svhn"}  # trained without mirroring, so five crops
 
 
-# -------- annotations and images ----------------------------------------------------------------------------
+def s_score(accuracies, baseline):
+    """S = sum over domains of 1000 (max(0, E_max - E) / E_max)^2 (Eq. 6), from {domain: %}."""
+    score = 0.0
+    for domain, value in accuracies.items():
+        worst = 2 * (100 - baseline[domain])  # E_max, so a domain at its baseline counts 250
+        score += 1000 * max(0, 1 - (100 - value) / worst) ** 2
+    return score
+
+
+def accuracy(probabilities, images):
+    """Share of right predictions, in %."""
+    right = probabilities.argmax(1) == torch.tensor(images.labels)
+    return 100 * right.double().mean().item()
+
+
+@torch.no_grad()
+def predict(network, domain, images, crops=None, batch_size=32, device="cpu",
+            progress=lambda number: None):
+    """Class probabilities (n, classes), the mean over `crops` crops: 1, 5 or 10."""
+    crops = crops or (10 if images.record["mirror"] else 5)
+    cut = {1: lambda image, size: [TF.center_crop(image, size)], 5: TF.five_crop, 10: TF.ten_crop}
+    result = []
+    network.eval()
+    for indices in torch.arange(len(images)).split(batch_size):
+        cuts = [cut[crops](images[i][0], [images.crop] * 2) for i in indices.tolist()]
+        total = 0
+        for crop in zip(*cuts):  # the same crop of each image
+            x = images.normalise(torch.stack(crop), device)  # (B, C, S, S)
+            total = total + network(x, domain).softmax(1) / crops  # (B, classes)
+        result.append(total.cpu())
+        progress(len(indices))
+    return torch.cat(result)
+
+
+def measure(network, facts, accuracies, split, baseline=FINE_TUNED):
+    """What --json writes. accuracies: {domain: %}, empty for a split without labels. S needs
+    accuracy and baseline of every adapted domain; the source counts if it has both."""
+    budget = facts["budget"]
+    usage = ba2ps.usage(network, facts["budget_of"])
+    macs = ba2ps.usage(network, "macs")
+    sparsity, sparsity_all = ba2ps.sparsity(network)
+    rows = {}
+    over = []
+    for domain in network.domains:
+        rows[domain] = {"accuracy": accuracies.get(domain), "usage": usage[domain],
+                        "sparsity": sparsity[domain], "complexity": macs[domain]}
+        if budget and usage[domain] > budget + 1e-6:  # by a switch, not by rounding
+            over.append(domain)
+
+    mean = s = None
+    if rows.keys() <= accuracies.keys():
+        mean = sum(accuracies[domain] for domain in rows) / len(rows)
+        if rows.keys() <= baseline.keys():
+            s = s_score({k: v for k, v in accuracies.items() if k in baseline}, baseline)
+    source = accuracies.get(network.source)
+    with_source = None
+    if mean is not None and source is not None:
+        with_source = (mean * len(rows) + source) / (len(rows) + 1)
+    complexity = sum(macs.values()) / len(macs)
+    params = ba2ps.params(network)
+    return {
+        "split": split, "budget": budget, "budget_of": facts["budget_of"], "domains": rows,
+        "over_budget": over, "mean_accuracy": mean, "s_score": s, "s_o": s and s / complexity,
+        "s_p": s and s / params, "complexity": complexity,
+        "complexity_with_source": (sum(macs.values()) + 1) / (len(macs) + 1), "params": params,
+        "sparsity_all": sparsity_all, "source": network.source, "source_accuracy": source,
+        "mean_accuracy_with_source": with_source}
+
+
+def compare(models):
+    """Rows of Table 3: the share of a layer's channels that no domain of a model, of a pair, or of
+    all models uses, the mean over layers; at most 1 - the largest budget, if budgets are of layers.
+    models: {path: (network, facts)}."""
+    masks = {path: ba2ps.masks(network) for path, (network, _) in models.items()}
+    rows = []
+    for number in sorted({1, 2, len(masks)}):
+        for group in combinations(masks, number):
+            off = []
+            for layer in masks[group[0]]:
+                on = torch.cat([masks[path][layer] for path in group])  # (domains of all, C)
+                off.append(1 - on.any(0).double().mean().item())
+            budgets = [models[path][1]["budget"] for path in group]
+            rows.append({"models": " & ".join(group), "budgets": budgets,
+                         "shared_sparsity": sum(off) / len(off),
+                         "max_shared_sparsity": None if None in budgets else 1 - max(budgets)})
+    return rows
+
+
+# -------- 2  Reading images
 
 def check(right, message):
     if not right:
@@ -54,105 +146,200 @@ def check(right, message):
 
 def domains_of(root):
     """The sorted names of the domains with a train split in `root`, in either layout."""
-    files, folders = Path(root, "annotations").glob("[!.]*_train.json"), Path(root).glob("[!.]*/train")
-    names = ([path.name.removesuffix("_train.json") for path in files] if Path(root, "annotations").is_dir()
-             else [path.parent.name for path in folders if path.is_dir()])
-    check(names, f"{root} {'has no domains' if Path(root).is_dir() else 'is no directory'}: give one with "
-                 "annotations/DOMAIN_train.json and data/, or with DOMAIN/train/CLASS/*.jpg")
+    files = Path(root, "annotations").glob("[!.]*_train.json")
+    names = [path.name.removesuffix("_train.json") for path in files]
+    if not Path(root, "annotations").is_dir():
+        folders = Path(root).glob("[!.]*/train")
+        names = [path.parent.name for path in folders if path.is_dir()]
+    check(names, f"{root} has no domains: it needs annotations/DOMAIN_train.json, or "
+                 "DOMAIN/train/CLASS/*.jpg")
     return sorted(names)
 
 
+def read_annotations(path):
+    """A split from its file in COCO's format: {image id: file name}, {category id: name}, {image
+    id: category id} (empty without labels) and {reason: number of things left out}."""
+    content = json.loads(path.read_text("utf-8-sig"))
+    names = {image["id"]: str(image["file_name"]) for image in content["images"]}
+    classes = {category["id"]: str(category["name"]) for category in content["categories"]}
+    check(len(names) == len(content["images"]), "it lists an image's id twice")
+    check(len(classes) == len(content["categories"]), "it lists a category's id twice")
+    labels = {}
+    for row in content.get("annotations", ()):
+        number = row["image_id"]
+        known = labels.setdefault(number, row["category_id"])
+        check(known == row["category_id"], f"{names.get(number)}: two categories")
+    for number, name in names.items():
+        check("annotations" not in content or labels.get(number) in classes, f"{name}: no category")
+        inside = not os.path.isabs(name) and ".." not in Path(name).parts
+        check(inside, f"{name}: lies outside the root")
+    return names, dict(sorted(classes.items())), labels, {}
+
+
+def walk(folder, above, left_out):
+    """(path, real path) of the files below a folder, sorted. above: the real paths of the folders
+    around it; a link to one of them would list the same images again, and is not followed."""
+    real_folder = os.path.realpath(folder)
+    if real_folder in above:
+        left_out["links to a folder above"] += 1
+        return
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name[0] == ".":
+            left_out["hidden"] += 1
+        elif entry.is_dir():
+            yield from walk(entry.path, above | {real_folder}, left_out)
+        else:
+            real = os.path.join(real_folder, entry.name)
+            yield Path(entry.path), os.path.realpath(real) if entry.is_symlink() else real
+
+
+def held_out(names):
+    """The tenth of a class that is val where there is no val folder. A hash of its name decides on
+    a file, so that it stays when others come. Of 5 files at least one is val, and never all."""
+    ranked = sorted((hashlib.sha256(os.fsencode(name)).digest(), name) for name in names)
+    number = sum(digest[0] < 26 for digest, _ in ranked)  # of 256
+    number = max(number, len(ranked) >= 5)
+    return {name for _, name in ranked[:min(number, len(ranked) - 1)]}
+
+
+def read_folders(root, path):
+    """A split of DOMAIN/SPLIT/CLASS/*.jpg, as read_annotations gives it. The classes are those of
+    train, by name; file names are ids. A test split without class folders has no labels."""
+    train = path.with_name("train")
+    classes = sorted(path.name for path in train.glob("[!.]*") if path.is_dir())
+    no_val = path.name != "test" and not path.with_name("val").is_dir()
+    folder = train if no_val else path
+    above = {str(path) for path in Path(os.path.realpath(folder)).parents}
+    left_out = Counter()
+    files = {kind: [] for kind in classes}
+    class_of = {}  # {real path: class}
+    loose = []
+    for file, real in walk(folder, above, left_out):
+        name = file.relative_to(root).as_posix()
+        kind, *rest = file.relative_to(folder).parts
+        if not is_image_file(file.name):
+            left_out[f"no image by its ending {file.suffix}"] += 1
+        elif not rest:
+            loose.append(name)
+        elif real in class_of:
+            check(class_of[real] == kind, f"{name}: two categories, {class_of[real]} and {kind}")
+            left_out["linked twice"] += 1
+        else:
+            check(kind in files, f"{name}: no category {kind} in train")
+            files[kind].append(name)
+            class_of[real] = kind
+
+    if path.name == "test" and not class_of:
+        return {name: name for name in loose}, dict(enumerate(classes)), {}, left_out
+    if loose:
+        left_out["outside the class folders"] = len(loose)
+    labels = {}
+    for number, kind in enumerate(classes):
+        val = held_out(files[kind]) if no_val else ()
+        for name in files[kind]:
+            if no_val and (name in val) != (path.name == "val"):
+                left_out["in train" if path.name == "val" else "held out as val"] += 1
+            else:
+                labels[name] = number
+    return {name: name for name in labels}, dict(enumerate(classes)), labels, left_out
+
+
 class Images:
-    """The images of a domain in one or several splits, resized to a shorter side of 9/8 `image_size`.
+    """The images of a domain in one or several splits, resized to a shorter side of 9/8 image_size.
 
-    Item i is (uint8 tensor (3, h, w), label), -1 in a split without labels. A split is decoded once, into a
-    file below ROOT/cache or `cache`, named by the images' names, sizes and times, and memory-mapped.
-    record: what a checkpoint remembers of the domain; default: of the first split, with mean and std those of
-    MEAN_STD or, by decode(), measured. no_mirror: domains without mirroring, besides NO_MIRROR."""
+    Item i is (uint8 tensor (C, h, w), label), the label -1 in a split without labels.
+    record: what a checkpoint remembers of the domain; default: of the first split, with mean and
+    std of MEAN_STD, or measured by decode(). no_mirror: domains without mirroring, besides
+    NO_MIRROR. cache: folder for the decoded images (default: ROOT/cache). channels: 3, or 1 for
+    grey, unless a record says it.
+    augment: what batch() calls in place of the random crop and mirror, (uint8 tensor (C, h, w),
+    torch.Generator) -> uint8 tensor (C, image_size, image_size).
+    """
 
-    def __init__(self, root, domain, splits, image_size, record=None, no_mirror=(), cache=None):
-        self.domain, self.crop, self.side, self.record = domain, image_size, round(image_size * 9 / 8), record
-        self.paths, self.ids, self.labels, self.parts, self.places = [], [], [], [], []
+    def __init__(self, root, domain, splits, image_size, record=None, no_mirror=(), cache=None,
+                 augment=None, channels=3):
+        self.domain = domain
+        self.crop = image_size
+        self.side = round(image_size * 9 / 8)
+        self.augment = augment
+        self.record = record
+        self.channels = len(record["mean"]) if record and record["mean"] else channels
+        self.paths = []
+        self.ids = []
+        self.labels = []
+        self.parts = []  # of each split the file of its pixels, and the paths
+        self.places = []  # once decoded: what map_pixels gives
         root = os.path.realpath(root)
         own = f"{os.path.basename(root)}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}"
+        folder = Path(cache, own) if cache else Path(root, "cache")
         for split in splits:
-            self.add(root, split, Path(cache, own) if cache else Path(root, "cache"))
-        self.record = {**self.record, "mirror": self.record["mirror"] and domain not in no_mirror}
+            self.add(root, split, folder)
+        mirror = self.record["mirror"] and domain not in no_mirror
+        self.record = {**self.record, "mirror": mirror}
         self.labelled = -1 not in self.labels
-        check(cache or os.access(root, os.W_OK), f"{root} cannot be written: give --cache DIR")
 
     def add(self, root, split, folder):
-        """Read a split. Labels are by category ids, which number the classes of train if it is folders."""
+        """List a split. A line is printed if it is new, or if something of it is left out."""
         path = Path(root, "annotations", f"{self.domain}_{split}.json")
-        if split == "test" and not path.exists():  # the release has no labels of it
+        annotated = path.parent.is_dir()
+        if not annotated:
+            path = Path(root, self.domain, split)
+        elif split == "test" and not path.exists():  # the release has no labels of it
             path = path.with_name(f"{self.domain}_test_stripped.json")
-        key = "category_ids"  # what must be as in training
-        if not path.parent.is_dir():
-            domains_of(root)  # refuses a root that has neither layout
-            path, key = Path(root, self.domain, split), "classes"
         with ba2ps.reading(path):
-            content = (self.folders(path.parent, split) if key == "classes" else
-                       json.loads(path.read_text("utf-8")))
-            names = {image["id"]: image["file_name"] for image in content["images"]}
-            classes = dict(sorted((c["id"], str(c["name"])) for c in content["categories"]))
-            labels = {a["image_id"]: a["category_id"] for a in content.get("annotations", ())}
-            check(0 < len(names) == len(content["images"]), "it lists no images, or an image's id twice")
-            check(len(classes) == len(content["categories"]), "it lists a category's id twice")
-            for number, name in names.items():
-                check(labels.get(number) in classes or "annotations" not in content, f"{name}: no category")
-                check(name[0] != "/" and ".." not in name.split("/"), f"{name!r} lies outside {root}")
-        mean, std = MEAN_STD.get(self.domain, (None, None))
-        found = {"classes": [*classes.values()], "category_ids": [*classes], "mean": mean, "std": std,
-                 "mirror": self.domain not in NO_MIRROR}
-        self.record = self.record or found
-        check(found[key] == self.record[key], f"{path}: the categories are not those of training")
-        paths = [os.path.join(root, name) for name in names.values()]
-        stats = [os.path.exists(path) and (os.path.getsize(path), os.path.getmtime(path)) for path in paths]
-        digest = hashlib.sha256(repr([*zip(names.values(), stats)]).encode()).hexdigest()[:16]
-        self.parts.append((folder / f"{self.domain}-{split}-{self.side}-{digest}.pixels", paths))
-        self.paths, self.ids = self.paths + paths, self.ids + list(names)
-        position = {category: k for k, category in enumerate(classes)}
-        self.labels += [position.get(labels.get(number), -1) for number in names]
+            names, classes, labels, left_out = (
+                read_annotations(path) if annotated else read_folders(root, path))
+        notes = [f"{number} left out: {reason}" for reason, number in left_out.items()]
+        if labels:
+            empty = classes.keys() - {labels[number] for number in names}
+            notes += [f"class {classes[category]!a} has no images" for category in sorted(empty)]
+        check(names, "; ".join([f"{path} lists no images", *notes]))
 
-    def folders(self, home, split):
-        """What annotations would say of DOMAIN/SPLIT/CLASS/*.jpg. The classes are those of train, by name.
-        Without val, a fixed tenth of each class of train is val. A test without classes has no labels."""
-        classes = sorted(path.name for path in (home / "train").iterdir() if path.is_dir())
-        classes = [name for name in classes if name[0] != "."]
-        held_out = split != "test" and not (home / "val").is_dir()
-        folder, kept, seen = home / ("train" if held_out else split), {}, {}
-        for path in sorted(Path(place, file) for place, _, files in os.walk(folder, followlinks=True)
-                           for file in files if is_image_file(file)):
-            kind, *rest = path.relative_to(folder).parts  # class, ..., file
-            if not any(part[0] == "." for part in (kind, *rest)):
-                seen[kind] = seen.get(kind, 0) + 1
-                if not held_out or (seen[kind] % 10 == 5) == (split == "val"):
-                    kept[path.relative_to(home.parent).as_posix()] = kind if rest else None
-        if held_out and split == "val":
-            print(f"{home.name}: no val folder, {len(kept)} of {sum(seen.values())} images are held out")
-        labelled = {name: kind for name, kind in kept.items() if kind}
-        content = {"images": [{"id": name, "file_name": name} for name in labelled or kept],
-                   "categories": [{"id": k, "name": name} for k, name in enumerate(classes)]}
-        if labelled:
-            content["annotations"] = [{"image_id": name, "category_id": [*classes, kind].index(kind)}
-                                      for name, kind in labelled.items()]
-        return content
+        mean, std = MEAN_STD.get(self.domain, (None, None)) if self.channels == 3 else (None, None)
+        record = {"classes": [*classes.values()], "category_ids": [*classes],
+                  "mean": mean, "std": std, "mirror": self.domain not in NO_MIRROR}
+        self.record = self.record or record
+        key = "category_ids" if annotated else "classes"  # must be as in training
+        check(record[key] == self.record[key], f"{path}: the categories are not those of training")
+        position = {category: k for k, category in enumerate(classes)}
+        paths = []
+        digest = hashlib.sha256()
+        for number, name in names.items():
+            paths.append(os.path.join(root, name))
+            with ba2ps.reading(paths[-1]):
+                stat = os.stat(paths[-1])
+            digest.update(f"{name!r} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            self.labels.append(position[labels[number]] if labels else -1)
+        self.paths += paths
+        self.ids += names
+        kind = f"{self.domain}-{split}-{self.side}x{self.channels}"
+        file = folder / f"{kind}-{digest.hexdigest()[:16]}.pixels"
+        self.parts.append((file, paths))
+        if notes or not file.exists():
+            print("; ".join([f"{self.domain} {split}: {len(names)} images", *notes]), flush=True)
 
     def decode(self, workers=0):
-        """Map the pixels, after decoding, in so many processes, what is not in the cache. Returns self."""
+        """Decode, in so many processes, what is not in the cache; map the pixels; return self."""
         if not self.places:
-            self.places = sum([map_pixels(file, len(paths)) or self.write(file, paths, workers)
-                               for file, paths in self.parts], [])
+            places = []
+            for file, paths in self.parts:
+                if not file.exists():
+                    self.write(file, paths, workers)
+                with ba2ps.reading(file):
+                    places += map_pixels(file, len(paths), self.channels)
+            self.places = places
             if self.record["mean"] is None:
                 self.record["mean"], self.record["std"] = self.statistics()
         return self
 
     def write(self, file, paths, workers):
-        """Decode images into `file`: the pixels of all end to end, then their (h, w) as int32."""
-        sizes, progress = [], progress_line(len(paths), f"decoding {self.domain}")
+        """Decode images into `file`: the pixels of all, then their (h, w) as int32."""
+        read = partial(read_image, side=self.side, channels=self.channels)
         loader = torch.utils.data.DataLoader(
-            paths, None, collate_fn=self.read, num_workers=min(workers, len(paths) // 256),
-            generator=torch.Generator())  # its own: a run draws the same whether the cache is there or not
+            paths, None, collate_fn=read, num_workers=min(workers, len(paths) // 256),
+            generator=torch.Generator())  # a run draws the same with and without a cache
+        progress = progress_line(len(paths), f"decoding {self.domain}")
+        sizes = []
         with ba2ps.writing(file) as part:
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as out:
@@ -161,211 +348,135 @@ class Images:
                     sizes.append(pixels.shape[1:])
                     progress(1)
                 out.write(np.array(sizes, np.int32))
-        for other in {*file.parent.glob(f"{file.name.rpartition('-')[0]}-*.pixels")} - {file}:
+        for other in set(file.parent.glob(f"{file.stem[:-16]}*.pixels")) - {file}:
             other.unlink(missing_ok=True)  # made from images that have changed since
-        return map_pixels(file, len(paths))
-
-    def read(self, path):
-        """uint8 (3, h, w) of an image file, turned as it is stored: what EXIF says of a JPEG is ignored."""
-        with ba2ps.reading(path), Image.open(path) as image:
-            return np.array(TF.resize(image.convert("RGB"), self.side)).transpose(2, 0, 1).copy()
 
     def statistics(self):
-        """Channel means and deviations, of 5,000 images: that pins a mean to about 0.001."""
-        sums = torch.zeros(3, 3, dtype=torch.float64)
+        """Mean and deviation of each channel, of 5,000 images: a mean is right to about 0.001."""
+        total = squares = number = 0
         for i in range(0, len(self), max(1, len(self) // 5000)):
             flat = self[i][0].flatten(1).double() / 255
-            sums += torch.stack([flat.sum(1), flat.square().sum(1), torch.full((3,), flat.shape[1])])
-        mean, square = sums[:2] / sums[2]
-        return mean.tolist(), (square - mean.square()).clamp(min=1e-4).sqrt().tolist()
+            total = total + flat.sum(1)
+            squares = squares + flat.square().sum(1)
+            number += flat.shape[1]
+        mean = total / number
+        variance = squares / number - mean.square()
+        return mean.tolist(), variance.clamp(min=1e-4).sqrt().tolist()
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
         pixels, start, height, width = self.decode().places[i]
-        return pixels[start:start + 3 * height * width].view(3, height, width), self.labels[i]
+        stop = start + self.channels * height * width
+        return pixels[start:stop].view(self.channels, height, width), self.labels[i]
 
     def batch(self, indices, order, device="cpu", own=slice(None)):
-        """Random crops of the images `indices`, half of them mirrored, and labels: (B, 3, S, S) float, (B,).
-        own: the rows that are wanted. Numbers are drawn from `order` for all, the same in every process."""
-        drawn, size = torch.rand(len(indices), 3, generator=order).double().tolist(), self.crop
-        rows = [(int(i), *numbers) for i, numbers in zip(indices, drawn)][own]
-        crops = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
-        for crop, (i, down, right, flip) in zip(crops, rows):
+        """Random crops of the images `indices`, half of them mirrored: (B, C, S, S), labels (B,).
+        own: the rows that are wanted. Numbers are drawn for all rows, so that processes agree."""
+        drawn = torch.rand(len(indices), 3, generator=order).double().tolist()
+        rows = list(zip(map(int, indices), drawn))[own]
+        size = self.crop
+        crops = torch.empty(len(rows), self.channels, size, size, dtype=torch.uint8)
+        for crop, (i, (down, right, flip)) in zip(crops, rows):
             image, _ = self[i]
-            top, left = int(down * (image.shape[1] - size + 1)), int(right * (image.shape[2] - size + 1))
-            image = image[:, top:top + size, left:left + size]
-            crop.copy_(image.flip(2) if flip < 0.5 and self.record["mirror"] else image)
-        labels = torch.tensor([self.labels[i] for i, *_ in rows], dtype=torch.long, device=device)
+            if self.augment:
+                generator = torch.Generator().manual_seed(int(down * 2**24))
+                image = self.augment(image.clone(), generator)  # the cache stays as it is
+                check(image.dtype == crop.dtype and image.shape == crop.shape,
+                      f"augment of {self.domain} gives {image.dtype} {tuple(image.shape)}")
+            else:
+                top = int(down * (image.shape[1] - size + 1))
+                left = int(right * (image.shape[2] - size + 1))
+                image = image[:, top:top + size, left:left + size]
+                if flip < 0.5 and self.record["mirror"]:
+                    image = image.flip(2)
+            crop.copy_(image)
+        labels = torch.tensor([self.labels[i] for i, _ in rows], dtype=torch.long, device=device)
         return self.normalise(crops, device), labels
 
     def normalise(self, crops, device):
-        """uint8 crops (B, 3, S, S) -> float on `device`, with the channel statistics of the domain."""
-        mean, std = (torch.tensor(self.record[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+        """uint8 crops (B, C, S, S) -> float on `device`, with the domain's channel statistics."""
+        mean = torch.tensor(self.record["mean"], device=device).view(-1, 1, 1)
+        std = torch.tensor(self.record["std"], device=device).view(-1, 1, 1)
         return crops.to(device).float().div_(255).sub_(mean).div_(std)
 
 
-def map_pixels(file, number):
-    """[(all bytes, start, height, width)] of images, mapped; None if `file` is not there or not whole."""
-    if not file.exists() or file.stat().st_size < 8 * number:
-        return None
-    pixels = torch.from_numpy(np.memmap(file, np.uint8, "c"))  # copied on writing: torch wants to write
-    sizes = np.frombuffer(pixels[-8 * number:].numpy().tobytes(), np.int32).reshape(number, 2).astype(int)
-    lengths = 3 * sizes.prod(1)
-    if sizes.min() > 0 and lengths.sum() + 8 * number == len(pixels):
-        return [(pixels, *at) for at in zip((lengths.cumsum() - lengths).tolist(), *sizes.T.tolist())]
+def read_image(path, side, channels):
+    """uint8 (C, h, w) of an image file, with a shorter side of `side`.
+
+    It is PIL's convert of the first frame: what is transparent has the colour stored under it, and
+    EXIF turns no JPEG or PNG. Of 16 bits grey the upper 8 are kept; more, or floats, are refused.
+    """
+    with ba2ps.reading(path), Image.open(path) as image:
+        if image.mode.startswith("I;16"):  # convert would make them white
+            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+        check(image.mode not in ("I", "F"), f"mode {image.mode}, not of 8 bits a channel")
+        image = TF.resize(image.convert("L" if channels == 1 else "RGB"), side)
+        pixels = np.array(image).reshape(*image.size[::-1], channels)
+        return pixels.transpose(2, 0, 1).copy()
 
 
-# -------- test crops and predictions ------------------------------------------------------------------------
-
-@torch.no_grad()
-def predict(network, domain, images, crops=None, batch_size=32, device="cpu", progress=lambda number: None):
-    """Class probabilities (n, classes), the mean over 1, 5 or 10 crops (default: 10, 5 without mirroring)."""
-    crops, size, result = crops or (10 if images.record["mirror"] else 5), [images.crop] * 2, []
-    cut = {1: lambda image, size: [TF.center_crop(image, size)], 5: TF.five_crop, 10: TF.ten_crop}[crops]
-    network.eval()
-    for indices in torch.arange(len(images)).split(batch_size):
-        total = 0
-        for crop in zip(*[cut(images[i][0], size) for i in indices.tolist()]):
-            x = images.normalise(torch.stack(crop), device)         # (B, 3, S, S), the same crop of each
-            total = total + network(x, domain).softmax(1) / crops   # (B, classes)
-        result.append(total.cpu())
-        progress(len(indices))
-    return torch.cat(result)
+def map_pixels(file, number, channels):
+    """[(all bytes, start, height, width)] of the images in a file of Images.write, mapped."""
+    pixels = torch.from_numpy(np.memmap(file, np.uint8, "c"))  # torch wants it writable
+    sizes = pixels[-8 * number:].clone().view(torch.int32).view(number, 2).tolist()
+    places = []
+    start = 0
+    for height, width in sizes:
+        places.append((pixels, start, height, width))
+        start += channels * height * width
+    check(start + 8 * number == len(pixels), "damaged: remove it, it is made anew")
+    return places
 
 
-def accuracy(probabilities, images):
-    """Share of right predictions, in %."""
-    return 100 * (probabilities.argmax(1) == torch.tensor(images.labels)).double().mean().item()
+# -------- 3  Tables and pictures
+
+def show(rows):
+    """Print dicts of the same keys as a table."""
+    table = [list(rows[0])]
+    for row in rows:
+        table.append([f"{v:.3f}" if type(v) is float else str(v) for v in row.values()])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for cells in table:
+        print("   ".join(map(str.ljust, cells, widths)).rstrip())
 
 
-# -------- scores --------------------------------------------------------------------------------------------
-
-def s_score(accuracies, baseline):
-    """S = sum over domains of 1000 (max(0, E_max - E) / E_max)^2, E_max twice the baseline's error (Eq. 6).
-    accuracies, baseline: {domain: %}. 1000 is perfection in one domain, 250 as good as the baseline."""
-    worst = {domain: 2 * (100 - baseline[domain]) for domain in accuracies}
-    return sum(1000 * max(0, 1 - (100 - value) / worst[domain]) ** 2 for domain, value in accuracies.items())
-
-
-def measure(network, facts, accuracies, split, baseline=FINE_TUNED):
-    """What `--json` writes. accuracies: {domain: %}, empty for a split without labels. S needs the accuracy
-    and the baseline of every adapted domain; the source counts if it has both."""
-    budget, of, source, number = facts["budget"], facts["budget_of"], network.source, len(network.domains)
-    usage, macs = (ba2ps.usage(network, what, facts["image_size"]) for what in (of, "macs"))
-    (sparsity, sparsity_all), params = ba2ps.sparsity(network), ba2ps.params(network)
-    rows = {domain: {"accuracy": accuracies.get(domain), "usage": usage[domain], "sparsity": sparsity[domain],
-                     "complexity": macs[domain]} for domain in network.domains}
-    complexity, mean, with_source, s = sum(macs.values()) / number, None, None, None
-    if rows.keys() <= accuracies.keys():
-        mean = sum(accuracies[domain] for domain in rows) / number
-        with_source = sum(accuracies.values()) / (number + 1) if source in accuracies else None
-        if rows.keys() <= baseline.keys():
-            s = s_score({domain: accuracies[domain] for domain in accuracies if domain in baseline}, baseline)
-    told = [f"{key} {flag}" for key, flag in facts["arguments"].items() if flag not in (0, "intersection")
-            and key in ("recipe", "budget_of", "sharing", "sharing_loss", "independent")]
-    return {"budget": budget, "budget_of": of, "split": split, "training": ", ".join(told), "domains": rows,
-            "over_budget": [domain for domain in rows if budget and usage[domain] > budget + 1e-6],
-            "mean_accuracy": mean, "s_score": s, "s_o": s and s / complexity, "s_p": s and s / params,
-            "complexity": complexity, "complexity_with_source": (complexity * number + 1) / (number + 1),
-            "params": params, "sparsity_all": sparsity_all, "source": source,
-            "source_accuracy": accuracies.get(source), "mean_accuracy_with_source": with_source}
+def draw_channels(path, network):
+    """A picture of each layer: a row for each domain, a column for each channel, the most used ones
+    first. Blue is on, grey is off, orange is off in all domains: pruned."""
+    layers = ba2ps.masks(network)
+    high = 8 * len(network.domains) + 8  # pixels for a layer
+    picture = Image.new("RGB", (1200, 30 + high * len(layers)), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((10, 8), f"{network.name}; rows: {', '.join(network.domains)}", "black")
+    top = 30
+    for name, on in layers.items():
+        columns = sorted(on.T.tolist(), key=lambda used: (-sum(used), used))
+        on = torch.tensor(columns).T  # (domains, C)
+        kinds = torch.where(on, 0, torch.where(on.any(0), 1, 2))  # places in the palette
+        strip = Image.fromarray(kinds.byte().numpy(), "P")
+        strip.putpalette([8, 48, 107, 208, 208, 208, 230, 159, 0])
+        picture.paste(strip.resize((990, high - 8)), (200, top))
+        pen.text((10, top), f"{name} {on.any(0).sum()}/{on.shape[1]}", "black")
+        top += high
+    with ba2ps.writing(path) as part:
+        picture.save(part, "PNG")
 
 
-def compare(models, reports):
-    """What `--json` writes of models {path: (network, facts)} and reports {path: of measure}: with Table 3,
-    the mean over layers of the share of channels that no domain of a pair, or of all models, uses. It is at
-    most 1 - beta if budgets are of layers."""
-    masks, shared = {path: ba2ps.masks(network) for path, (network, _) in models.items()}, []
-    keys = "budget", "budget_of", "training", "mean_accuracy", "sparsity_all", "params"
-    rows = [{"model": path, **{key: report[key] for key in keys}} for path, report in reports.items()]
-    for group in [[a, b] for i, a in enumerate(rows) for b in rows[i + 1:]] + [rows] * (len(rows) > 2):
-        budgets, paths = [row["budget"] for row in group], [row["model"] for row in group]
-        off = [~torch.cat([masks[path][name] for path in paths]).any(0) for name in masks[paths[0]]]
-        shared.append({"models": paths, "budgets": budgets,
-                       "shared_sparsity": sum(layer.double().mean().item() for layer in off) / len(off),
-                       "max_shared_sparsity": None if None in budgets else 1 - max(budgets)})
-    return {"split": next(iter(reports.values()))["split"], "models": rows, "shared": shared}
-
-
-# -------- pictures: 1800 pixels wide, to be read at half of that; the colours differ in lightness too -------
-
-USED = {"on in all domains": "#08306b", "on in several": "#4a90c8", "on in this one alone": "#a6d3f2",
-        "off here, on in others": "#e6e6e6", "off in all: pruned": "#e69f00"}
-
-
-def write_picture(path, draw, *content):
-    """draw(figure, *content) and write it to `path`, all of it or nothing."""
-    with ba2ps.reading("matplotlib"):
-        from matplotlib import figure, style  # not pyplot: that would look for a display
-    looks = ["default", "tableau-colorblind10", {"font.size": 8, "text.parse_math": False}]
-    with ba2ps.writing(path) as part, style.context(looks):
-        drawing = figure.Figure((9, 3.7), 200, layout="constrained")
-        draw(drawing, *content)
-        drawing.savefig(part, format="png")
-
-
-def draw_channels(figure, report, network):
-    """A strip of one size for each layer: domains from the top, channels from the most used to the pruned."""
-    from matplotlib import colors, patches
-    layers, domains, of = ba2ps.masks(network), report["domains"].items(), report["budget_of"]
-    layers = sorted(layers.items(), key=lambda layer: [part.zfill(9) for part in layer[0].split(".")])
-    colours = colors.ListedColormap([*USED.values()])
-    rows = math.ceil(len(layers) / 3)
-    figure.set_size_inches(9, 1.2 + rows * (0.35 + 0.03 * len(domains)))
-    title = (f"{network.name}, budget {report['budget']}, {report['training']}; "
-             f"sparsity all {report['sparsity_all']:.1%}, params {report['params']:.3f}; columns: channels, "
-             f"most used first, and how many are left; rows: domains, from the top, and their share of {of}: "
-             + ", ".join(f"{domain} {row['usage']:.3f}" for domain, row in domains))
-    figure.suptitle(textwrap.fill(title, 150), x=0.01, ha="left", size=8)
-    strips = figure.subplots(rows, 3, squeeze=False).T.flatten()
-    for axes in strips[len(layers):]:
-        axes.remove()
-    for axes, (name, on) in zip(strips, layers):
-        on = torch.tensor(sorted(on.T.tolist(), key=lambda used: (sum(used), used), reverse=True)).T  # (N, C)
-        count = on.sum(0).expand_as(on)
-        kind = torch.where(on, 1 + (count == 1).int(), 3 + (count == 0).int())
-        kind[on & (count == len(on))] = 0
-        axes.imshow(kind.numpy(), colours, vmin=0, vmax=4, aspect="auto", interpolation="nearest")
-        axes.set_ylabel(f"{name}  {on.any(0).sum()}/{on.shape[1]}", rotation=0, ha="right", va="center")
-        axes.set(xticks=[], yticks=[], frame_on=False)
-    legend = [patches.Patch(color=colour, label=says) for says, colour in USED.items()]
-    figure.legend(handles=legend, loc="outside lower center", ncols=5, frameon=False)
-
-
-def draw_betas(figure, report, _=None):
-    """Accuracy (without it, sparsity all) and params against beta, a line for each way of training."""
-    rows, (left, right) = report["models"], figure.subplots(1, 2)
-    key = "sparsity_all" if None in [row["mean_accuracy"] for row in rows] else "mean_accuracy"
-    for axes, key in ((left, key), (right, "params")):
-        for i, group in enumerate(dict.fromkeys(row["training"] for row in rows)):
-            points = sorted((row["budget"], row[key]) for row in rows if row["training"] == group)
-            means = {x: np.mean([y for beta, y in points if beta == x]) for x, _ in points}  # of seeds
-            axes.plot(*zip(*means.items()), f"C{i}")
-            axes.plot(*zip(*points), f"C{i}{'osD^vP'[i % 6]}", label=group or "models")
-        axes.set(title=key.replace("_", " "), xlabel="budget β", xlim=(0, 1.03))
-        axes.grid(alpha=0.4)
-        if key == "sparsity_all":
-            axes.plot([0, 1], [1, 0], "--", color="grey", label="ideal, 1 − β")
-    right.set_ylim(0)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-
-
-# -------- the script ----------------------------------------------------------------------------------------
+# -------- 4  The script, and what train.py uses too
 
 def load_model(path):
     """ba2ps.load, with checks of what the scripts need to know of a model."""
     network, facts = ba2ps.load(path)
+    facts = {"budget": None, "budget_of": "layers", "arguments": {}, **facts}
     with ba2ps.reading(path):
-        facts = {"budget": None, "budget_of": "layers", "arguments": {}, **facts}
-        for domain, linear in network.classifiers.items():
+        for domain, number in network.classes.items():
             record = facts["domains"][domain]
-            numbers = torch.tensor([record["mean"], record["std"]]).view(2, 3)
-            check(numbers.isfinite().all() and numbers[1].min() > 0 and record["mirror"] in (True, False) and
-                  len(record["classes"]) == len({*record["category_ids"]}) == linear.out_features,
-                  f"no usable record of {domain}")
-        check(0 < (facts["budget"] or 1) <= 1 and 0 < facts["image_size"] < 4097, "no usable size or budget")
+            numbers = torch.tensor([record["mean"], record["std"]]).view(2, network.channels)
+            check(numbers.isfinite().all() and numbers[1].min() > 0 and
+                  len(record["classes"]) == len(set(record["category_ids"])) == number and
+                  record["mirror"] in (0, 1), f"no usable record of {domain}")
     return network, facts
 
 
@@ -375,14 +486,18 @@ def write_json(path, content):
 
 
 def progress_line(total, what):
-    """A function that counts images and every 10 s says how many are done and how long the rest takes."""
-    done, start, shown = 0, time.time(), time.time()
+    """A function that counts images, and says every 10 s how long the rest takes."""
+    start = shown = time.time()
+    done = 0
+
     def progress(number):
         nonlocal done, shown
-        done, now = done + number, time.time()
+        done += number
+        now = time.time()
         if now - shown > 10:
-            shown, left = now, (now - start) / done * (total - done) / 60
-            print(f"{what}: {done}/{total} images, {left:.1f} min left", file=sys.stderr, flush=True)
+            shown = now
+            left = (now - start) * (total / done - 1) / 60
+            print(f"{what}: {done}/{total}, {left:.1f} min left", file=sys.stderr, flush=True)
     return progress
 
 
@@ -394,100 +509,105 @@ def check_device(device):
 def at_least(least, most=10**9):
     """An argparse type: a number of the kind of `least`, from least to most."""
     def number(word):
-        if not least <= type(least)(word) <= most:
-            raise argparse.ArgumentTypeError(f"{word} is out of range, give {least:g} to {most:g}")
-        return type(least)(word)
+        value = type(least)(word)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{word} is out of range: {least:g} to {most:g}")
+        return value
     return number
 
 
 def stop(message):
-    line = repr(str(message).strip().rpartition("InputError: ")[2])[1:-1]  # no worker's traceback, one line
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    """End the script with one line, without a worker's traceback."""
+    text = str(message).strip().rpartition("InputError: ")[2]
+    print(f"{Path(sys.argv[0]).name}: {repr(text)[1:-1]}", file=sys.stderr)
     sys.exit(2)
 
 
-def show(rows):
-    """Print dicts of the same keys as a table."""
-    rows = [[f"{cell:.3f}" if isinstance(cell, float) else "-" if cell is None else str(cell) for cell in row]
-            for row in (rows[0], *(row.values() for row in rows))]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("   ".join(map(str.ljust, row, widths)).rstrip())
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = stop
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="checkpoint of train.py or prune.py")
+    add("--compare", action="store_true", help="what several models prune in common")
+    add("--data", help="root of the images (default: those of its training)")
+    add("--cache", help="folder of decoded images (default: in --data)")
+    add("--workers", type=at_least(0), default=2, help="processes that decode images")
+    add("--split", default="val", choices=["train", "val", "test"])
+    add("--crops", type=int, choices=[1, 5, 10], help="default: 10, or 5 without mirroring")
+    add("--skip-source", action="store_true", help="say where ImageNet is missing")
+    add("--baseline", help="a file: {domain: accuracy of full fine-tuning in %%}, for S")
+    add("--json", help="a file for all measures")
+    add("--results", help="a file for the challenge's server")
+    add("--picture", help="a PNG of who uses which channel; alone it evaluates nothing")
+    add("--batch-size", type=at_least(1), default=32)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    check((len(set(args.models)) > 1) == args.compare, "one model, or --compare and several")
+    for flag in ("data", "crops", "baseline", "results", "picture"):
+        check(not args.compare or not getattr(args, flag), f"--{flag} does nothing with --compare")
+    for file in (args.json, args.results, args.picture):
+        check(not file or Path(file).parent.is_dir(), f"cannot write {file}: no such folder")
+    check_device(args.device)
+    return args
 
 
 def evaluate(path, network, facts, args):
-    """({domain: accuracy in %}, rows of the challenge's results file) of one model on args.split."""
-    accuracies, results, data, cache = {}, [], args.data, args.cache
-    if data is None:
-        data, cache = str(facts["arguments"].get("data")), cache or facts["arguments"].get("cache")
-        check(os.path.isdir(data), f"{path} was trained on {data}, which is not there: give --data DIR")
-    sets = {domain: Images(data, domain, [args.split], facts["image_size"], facts["domains"][domain],
-                           args.no_mirror, cache).decode(args.workers)
-            for domain in (network.domains if args.skip_source or args.compare else network.classifiers)}
+    """{domain: accuracy in %} on args.split; writes args.results."""
+    trained = {} if args.data else facts["arguments"]
+    data = args.data or trained.get("data")
+    check(data and os.path.isdir(data), f"{path}: no images in {data}: give --data")
+    sets = {}
+    for domain in network.domains if args.skip_source else network.classes:
+        images = Images(data, domain, [args.split], network.image_size, facts["domains"][domain],
+                        cache=args.cache or trained.get("cache"))
+        sets[domain] = images.decode(args.workers)
     progress = progress_line(sum(map(len, sets.values())), f"evaluating {path}")
     network.to(args.device)
+    accuracies = {}
+    results = []
     for domain, images in sets.items():
-        probabilities = predict(network, domain, images, args.crops, args.batch_size, args.device, progress)
+        probabilities = predict(network, domain, images, args.crops, args.batch_size, args.device,
+                                progress)
         if images.labelled:
             accuracies[domain] = accuracy(probabilities, images)
-        results += [{"image_id": number, "category_id": images.record["category_ids"][label]}
-                    for number, label in zip(images.ids, probabilities.argmax(1).tolist())]
-    return accuracies, results
+        for number, label in zip(images.ids, probabilities.argmax(1).tolist()):
+            category = images.record["category_ids"][label]
+            results.append({"image_id": number, "category_id": category})
+    if args.results:
+        write_json(args.results, results)
+    return accuracies
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error, add = stop, parser.add_argument
-    add("model", nargs="?", help="checkpoint of train.py or prune.py")
-    add("--compare", nargs="+", default=[], metavar="MODEL", help="two or more; accuracies only with --data")
-    add("--data", metavar="DIR", help="a Visual Decathlon root, or DOMAIN/train/CLASS/*.jpg (or the trained)")
-    add("--cache", metavar="DIR", help="of decoded images, 4 kB each at 32 pixels (default: ROOT/cache)")
-    add("--workers", type=at_least(0), default=2, help="processes that decode images the first time")
-    add("--split", default="val", choices=["train", "val", "test"])
-    add("--crops", type=int, choices=[1, 5, 10], help="default: 10, or 5 for domains without mirroring")
-    add("--no-mirror", nargs="+", default=[], metavar="NAME", help="domains with five crops")
-    add("--skip-source", action="store_true", help="not the source domain, say where ImageNet is missing")
-    add("--baseline", metavar="FILE", help="{domain: accuracy of full fine-tuning in %%}, for S")
-    add("--json", metavar="FILE", help="write all measures")
-    add("--results", metavar="FILE", help="write the challenge's results file")
-    add("--picture", metavar="FILE.png", help="who uses which channel (without --data, --json and --results\n"
-        "nothing is evaluated); with --compare accuracy (without --data, sparsity) and params")
-    add("--batch-size", type=at_least(1), default=32, help="images, each with all its crops")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    check_device(args.device)
-    paths, reports, baseline, results = [args.model] * bool(args.model) + args.compare, {}, FINE_TUNED, []
-    check(len({*paths}) > bool(args.compare) and not (args.compare and args.results),
-          "give a model, or two or more after --compare (without --results)")
-    check((args.picture or ".png").endswith(".png"), f"--picture {args.picture}: give a name in .png")
+    args = parse()
+    baseline = FINE_TUNED
     if args.baseline:
         with ba2ps.reading(args.baseline):
-            baseline = {**FINE_TUNED, **json.loads(Path(args.baseline).read_text("utf-8"))}
-            check(all(0 <= value < 100 for value in baseline.values()), "give {domain: 0 to below 100 (%)}")
-    models = {path: load_model(path) for path in paths}
-    for path, (network, facts) in models.items():
-        check(network.domains, f"{path} is a backbone without adapted domains: give train.py's model.pt")
-        check({*args.no_mirror} <= {*network.classifiers}, f"--no-mirror: {path} has no {args.no_mirror}")
-        check(facts["budget"] or not args.compare or not args.picture, f"--picture: {path} has no budget")
-    kinds = {network.name for network, _ in models.values()}
-    check(len(kinds) == 1, f"--compare needs models of one kind: these are {' and '.join(sorted(kinds))}")
-    idle = not args.data and (args.compare or args.picture and not args.json and not args.results)
-    for path, (network, facts) in models.items():
-        accuracies, results = ({}, []) if idle else evaluate(path, network, facts, args)
-        reports[path] = report = measure(network, facts, accuracies, None if idle else args.split, baseline)
+            baseline = baseline | json.loads(Path(args.baseline).read_text("utf-8-sig"))
+            check(max(baseline.values()) < 100, "give {domain: accuracy in %, below 100}")
+    models = {path: load_model(path) for path in args.models}
+    for path, (network, _) in models.items():
+        check(network.domains, f"{path} is a backbone without adapted domains: give a model.pt")
+    kinds = sorted({network.name for network, _ in models.values()})
+    check(len(kinds) == 1, f"--compare needs models of one kind, not {' and '.join(kinds)}")
+
+    print("sparsity: share of channels that is off, mean over layers")
     if args.compare:
-        report = compare(models, reports)
-        show(report["models"])
-        show([{**row, "models": " & ".join(row["models"])} for row in report["shared"]])
+        report = compare(models)
+        show(report)
     else:
-        print(f"{paths[0]} on {report['split']}, budget {report['budget']} of {report['budget_of']}")
-        show([{"": domain, **row} for domain, row in report["domains"].items()])
-        show([{"": key, " ": row} for key, row in report.items() if key != "domains" and row is not None])
-    for file, content in ((args.results, results), (args.json, report)):
-        if file:
-            write_json(file, content)
-    if args.picture:
-        write_picture(args.picture, draw_betas if args.compare else draw_channels, report, network)
+        (path, (network, facts)), = models.items()
+        if args.picture:
+            draw_channels(args.picture, network)
+        idle = args.picture and not args.json and not args.results
+        accuracies = {} if idle else evaluate(path, network, facts, args)
+        report = measure(network, facts, accuracies, args.split, baseline)
+        print(f"usage: share of {report['budget_of']} that is on, budget {report['budget']}")
+        show([{path: domain, **row} for domain, row in report["domains"].items()])
+        show([{"": key, " ": value} for key, value in report.items() if key != "domains"])
+    if args.json:
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":
