@@ -1,42 +1,51 @@
 # SPDX-License-Identifier: MIT
-"""Budget-aware adapters with parameter sharing: one frozen backbone, many image domains, a budget for each.
+"""Budget-aware adapters with parameter sharing: one frozen network, many domains, a budget each.
 
-The whole method in one file that needs only torch; copy it, or the section that you want, into your project.
+The whole method in one file that needs only torch. Copy it, or the section that you want.
 
-    relu(bn_d(x)) --[* 1[s_d > 0]]--> conv(frozen W) --> ...        d: the domain, an argument of forward
+    x --> batch-norm of d --> ReLU --> times s_d --> convolution, shared and frozen --> ...
 
-    L = cross-entropy + max(0, lambda_d (mean(s_d) - beta))
-                      + max(0, lambda_PS (1 - |s_1 & ... & s_N| / (M beta)))
+    L_total = L + max(0, lambda_d (mean(s_d) - beta))                           L_B, Eq. 4
+                + max(0, lambda_PS (1 - |s_1 & ... & s_N| / (M beta)))          L_PS, Eq. 5
 
-  [1] dos Santos et al., Parameter Sharing in Budget-Aware Adapters for Multi-Domain Learning, BMVC 2022
-  [2] Berriel et al., Budget-Aware Adapters for Multi-Domain Learning (BA2), ICCV 2019
-  [3] Zagoruyko and Komodakis, Wide Residual Networks, BMVC 2016
+    theta_d     network.switches[domain]    (M,) real numbers, one for each input channel   Eq. 2, 3
+    s_d         binarize(theta_d)           (M,) 1 where theta_d > 0: the channel is read   Eq. 3
+    N, M        s.shape                     the number of domains, of switches
+    beta        budget                      the share that a domain may have on             Eq. 4
+    lambda_d    multiplier[domain]          raised while a domain is over its budget        Eq. 4
+    lambda_PS   sharing                     weight of the sharing loss                      Eq. 5
+    L           cross_entropy               in the training loop, see train.py
+
+  [1] dos Santos et al., Parameter Sharing in Budget-Aware Adapters for Multi-Domain Learning, 2022
+  [2] Berriel et al., Budget-Aware Adapters for Multi-Domain Learning (BA2), 2019
+  [3] Zagoruyko and Komodakis, Wide Residual Networks, 2016
   [4] Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013
-Equations and tables are those of [1], "the paper". Eq. 6, the score S, is in evaluate.py.
+  [5] Molchanov et al., Importance Estimation for Neural Network Pruning, 2019
+
+Equations and tables are those of [1], "the paper"; Eq. 6, the score S, is in evaluate.py. This file
+does not train, read images or print. Grouped convolutions and linear layers get no switches.
 """
 import contextlib
 import copy
-import inspect
-import math
-import operator
 import os
-import warnings
+import pickle
 import zipfile
 
 import torch
 import torch.fx as fx
 
-# -------- 1  The switch and the layers that a domain owns a part of (Eq. 2 and 3) ---------------------------
+# -------- 1  Layers: straight-through estimator, switched convolution, what a domain has one of ----
 
-nn, F = torch.nn, torch.nn.functional  # here, so that this section alone runs under `import torch`
+nn = torch.nn            # here, so that sections 1 to 3 run under `import copy` and `import torch`
+F = torch.nn.functional
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message is one line that names it and says what to do."""
+    """What the user gave cannot be used: one line that names it and says what to do."""
 
 
 class Binarize(torch.autograd.Function):
-    """1[s > 0] forward, identity backward: the straight-through estimator [4]. Exactly 0 is off."""
+    """1[theta > 0] forward, the identity backward: the straight-through estimator [4]. 0 is off."""
 
     @staticmethod
     def forward(ctx, switches):
@@ -44,947 +53,1054 @@ class Binarize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad  # also where the switch is off: that is how a channel comes back
+        return grad      # also where a switch is off: that is how a channel comes back
 
 
 binarize = Binarize.apply
 
 
+class SwitchedConvolution(torch.autograd.Function):
+    """conv2d(s * x, W) for binary s (C_in,) and a frozen W (Eq. 3).
+
+    The same as with autograd, but s * x is not kept in memory: the backward pass needs x alone.
+    """
+
+    @staticmethod
+    def forward(ctx, x, s, weight, bias, *geometry):
+        if torch.is_autocast_enabled(x.device.type):    # autocast does not reach the backward pass
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+            weight = weight.to(dtype)
+        s = s.to(weight.dtype)
+        ctx.save_for_backward(x, s, weight)
+        ctx.geometry = geometry                         # stride, padding, dilation
+        if x.numel() < weight.numel():                  # mask the smaller of the two
+            return F.conv2d(x * s.view(-1, 1, 1), weight, bias, *geometry)
+        return F.conv2d(x, weight * s.view(1, -1, 1, 1), bias, *geometry)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, s, weight = ctx.saved_tensors
+        wanted = (True, False, False)                   # of input, weight and bias: the input alone
+        grad = torch.ops.aten.convolution_backward(     # dL/d(s x), as if every channel were on
+            grad, x, weight, None, *ctx.geometry, False, (0, 0), 1, wanted)[0]
+        s_grad = None
+        if ctx.needs_input_grad[1]:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            s_grad = (x * grad).sum((0, 2, 3), dtype=dtype)
+        return grad.mul_(s.view(-1, 1, 1)), s_grad, None, None, None, None, None
+
+
 class SwitchedConv2d(nn.Conv2d):
-    """A frozen convolution in which every domain switches input channels on and off (Eq. 3).
-    Takes the arguments of nn.Conv2d (groups=1) and `domains`, the names to start with. forward(x, domain)
-    reads the channels of x (B, C_in, H, W) that `domain` has on; one without switches here (the source) reads
-    all. switches: {domain: (C_in,) real switches}, which start at 1e-3."""
+    """nn.Conv2d that reads only the input channels that are on (Eq. 3), with the same arguments.
 
-    def __init__(self, in_channels, out_channels, kernel_size, *args, domains=(), **kwargs):
-        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
-        if self.groups != 1:
-            raise ValueError("SwitchedConv2d needs groups=1: a switch is one input channel of every filter")
-        self.switches = nn.ParameterDict()
-        self.kept = torch.ones(in_channels, dtype=torch.bool, device="cpu")  # what pruning left
-        for domain in domains:
-            self.add_domain(domain)
+    switches: (C_in,) real numbers, set before forward; None: every channel is read.
+    """
 
-    def add_domain(self, domain, start=1e-3):
-        self.switches[domain] = nn.Parameter(self.weight.new_full((self.in_channels,), start))
+    switches = None
 
-    def read(self, domain):
-        """(C_in,) bool, on the CPU: the channels that `domain` reads; one without switches reads all."""
-        return self.switches[domain].detach().cpu() > 0 if domain in self.switches else self.kept[self.kept]
-
-    def forward(self, x, domain=None):
-        if domain in self.switches:
-            x = x * binarize(self.switches[domain]).to(x.dtype).view(-1, 1, 1)
-        return super().forward(x)
+    def forward(self, x):
+        if self.switches is None:
+            return super().forward(x)
+        s = binarize(self.switches)
+        trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        zeros = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if trained or not zeros or self.groups > 1 or x.dim() < 4:
+            return super().forward(x * s.to(x.dtype).view(-1, 1, 1))
+        geometry = self.stride, self.padding, self.dilation
+        return SwitchedConvolution.apply(x, s, self.weight, self.bias, *geometry)
 
 
-class DomainModules(nn.ModuleDict):
-    """One module per domain; forward(x, domain) runs that of `domain`."""
+class PerDomain(nn.ModuleDict):
+    """One module for each domain: {domain: module}. forward runs that of the domain at work.
 
-    def forward(self, x, domain):
-        if domain not in self:
-            raise InputError(f"unknown domain {domain}: this network serves {', '.join(self)}")
-        return self[domain](x)
+    domain: set before forward; InputError where it is None, as in a part that is run on its own.
+    """
 
+    domain = None
 
-class DomainBatchNorm2d(DomainModules):
-    """One batch-norm per domain, affine and running statistics; forward(x, domain), x: (B, C, H, W)."""
-
-    def __init__(self, num_features, domains=()):
-        super().__init__({domain: nn.BatchNorm2d(num_features) for domain in domains})
-        self.features = num_features  # of the backbone
-
-    def add_domain(self, domain, like):
-        """A new domain's batch-norm starts as a copy of that of the domain `like`."""
-        norm, state = self[like], self[like].state_dict()
-        self[domain] = type(norm)(norm.num_features, norm.eps, norm.momentum, norm.affine,
-                                  norm.track_running_stats).to(next(iter(state.values()), None))
-        self[domain].train(norm.training).load_state_dict(state)
+    def forward(self, *inputs):
+        if self.domain is None:
+            raise InputError("no domain is at work: call, and checkpoint, network(images, domain)")
+        return self[self.domain](*inputs)
 
 
-class DomainLinear(DomainModules):
-    """One nn.Linear per domain, the classifiers; forward(x, domain), (B, C) -> (B, classes of the domain)."""
-
-    def add_domain(self, domain, num_classes):
-        like = next(iter(self.values()))
-        self[domain] = nn.Linear(like.in_features, num_classes).to(like.weight)
-
-
-# -------- 2  The network (Eq. 1): what is shared and frozen, and what a domain owns -------------------------
-
-class MultiDomain:
-    """A mix-in for a module with a DomainLinear. source: the domain that the backbone was trained on; name,
-    options: what load builds the backbone from; image: (channels, size) of images that it can read."""
-
-    options, image, pruned = None, (3, 64), False
-
-    @property
-    def classifiers(self):
-        return next(module for module in self.modules() if isinstance(module, DomainLinear))
-
-    @property
-    def domains(self):
-        """The adapted domains, in the order in which they came; the source is not among them."""
-        return [domain for domain in self.classifiers if domain != self.source]
-
-    def parts(self):
-        """The dictionaries whose entry [domain] is what a domain owns: switches, batch-norm, classifier."""
-        return [module.switches if isinstance(module, SwitchedConv2d) else module for module in self.modules()
-                if isinstance(module, (SwitchedConv2d, DomainModules))]
-
-    def add_domain(self, domain, num_classes):
-        """Give `domain` its switches, a fresh linear classifier and a copy of the source's batch-norm, or,
-        if the source is pruned away, of the first domain's."""
-        if domain in self.classifiers:
-            raise InputError(f"domain {domain} is there already: give each domain once, and not the source")
-        like = self.source if self.source in self.classifiers else self.domains[0]
-        if not domain or "." in domain or any(hasattr(part, domain) for part in self.parts()):
-            raise InputError(f"domain name {domain!r} cannot name a part of a torch module: rename it")
-        for module in self.modules():
-            if isinstance(module, SwitchedConv2d):
-                module.add_domain(domain)
-            elif isinstance(module, DomainBatchNorm2d):
-                module.add_domain(domain, like)
-            elif isinstance(module, DomainLinear):
-                module.add_domain(domain, num_classes)
-
-    def remove_domain(self, domain):
-        served(self, [domain])
-        for part in [part for part in self.parts() if domain in part]:
-            del part[domain]
-
-    def owned_parameters(self, domains=None):
-        """Those of the batch-norm and classifiers of `domains` (default: all adapted ones), for SGD."""
-        return [p for module in self.modules() if isinstance(module, DomainModules)
-                for domain in served(self, domains) for p in module[domain].parameters()]
-
-    def freeze_backbone(self):
-        """Stop the gradient of all that no adapted domain owns: what is shared, and what is the source's."""
-        self.requires_grad_(False)
-        for part in self.parts():
-            for domain in [domain for domain in self.domains if domain in part]:
-                part[domain].requires_grad_(True)
-
-
-def norm_relu_conv(norm, conv, x, domain):
-    """conv(relu(norm(x))) of a BasicBlock, x: (B, C_in, H, W)."""
-    return conv(F.relu(norm(x, domain)), domain)
-
+# -------- 2  Networks: a plain WRN-28, and MultiDomain, which adapts any network (Eq. 1) -----------
 
 class BasicBlock(nn.Module):
     """The pre-activation block of [3]."""
 
-    def __init__(self, in_planes, out_planes, stride, source):
+    def __init__(self, in_planes, out_planes, stride):
         super().__init__()
-        self.bn1 = DomainBatchNorm2d(in_planes, [source])
-        self.conv1 = SwitchedConv2d(in_planes, out_planes, 3, stride, 1, bias=False)
-        self.bn2 = DomainBatchNorm2d(out_planes, [source])
-        self.conv2 = SwitchedConv2d(out_planes, out_planes, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, out_planes, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_planes)
+        self.conv2 = nn.Conv2d(out_planes, out_planes, 3, 1, 1, bias=False)
         self.shortcut = None
         if in_planes != out_planes or stride != 1:
-            self.shortcut = SwitchedConv2d(in_planes, out_planes, 1, stride, 0, bias=False)
+            self.shortcut = nn.Conv2d(in_planes, out_planes, 1, stride, 0, bias=False)
 
-    def forward(self, x, domain):
-        if self.shortcut is None:
-            out = norm_relu_conv(self.bn1, self.conv1, x, domain)
-        else:
-            out = F.relu(self.bn1(x, domain))
-            x, out = self.shortcut(out, domain), self.conv1(out, domain)
-        return x + norm_relu_conv(self.bn2, self.conv2, out, domain)
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        if self.shortcut is not None:
+            x = self.shortcut(out)
+        out = F.relu(self.bn2(self.conv1(out)))
+        return x + self.conv2(out)
 
 
-class WideResNet(MultiDomain, nn.Module):
-    """WRN-depth-widen_factor [3] for many domains; WRN-28-4 is the paper's backbone (64/128/256 channels).
-    depth = 6n + 4 gives three groups of n blocks, each group halves the resolution. More domains than the
-    source come with add_domain. forward(images, domain): (B, 3, H, W) -> logits (B, classes of the domain),
-    any H and W. All convolutions but the stem, whose input is the image, have switches."""
+class WideResNet(nn.Module):
+    """WRN-depth-widen_factor [3], an ordinary network; WRN-28-4 is the paper's backbone.
 
-    def __init__(self, depth=28, widen_factor=4, source="imagenet12", num_classes=1000):
+    (B, 3, H, W) -> (B, num_classes). Three groups of (depth - 4) / 6 blocks, of 16, 32 and 64 times
+    widen_factor channels. Each halves the resolution, the first one too (unlike Zagoruyko's).
+    """
+
+    def __init__(self, depth=28, widen_factor=4, num_classes=1000):
         super().__init__()
         if depth < 10 or (depth - 4) % 6 or widen_factor < 1:
-            raise InputError(f"WRN-{depth}-{widen_factor}: take a depth of 10, 16, 22, ... and a width")
-        self.name, self.source = f"WRN-{depth}-{widen_factor}", source
-        planes = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
-
-        def group(in_planes, out_planes):
-            blocks = [BasicBlock(in_planes, out_planes, 2, source)]
-            blocks += [BasicBlock(out_planes, out_planes, 1, source) for _ in range((depth - 4) // 6 - 1)]
-            return nn.ModuleList(blocks)
-
-        self.conv1 = nn.Conv2d(3, planes[0], 3, 1, 1, bias=False)
-        self.block1 = group(planes[0], planes[1])
-        self.block2 = group(planes[1], planes[2])
-        self.block3 = group(planes[2], planes[3])
-        self.bn1 = DomainBatchNorm2d(planes[3], [source])
-        self.classifiers = DomainLinear({source: nn.Linear(planes[3], num_classes)})
+            raise InputError(f"WRN-{depth}-{widen_factor}: give a depth of 10, 16, ... and a width")
+        self.name = f"WRN-{depth}-{widen_factor}"
+        blocks = (depth - 4) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.block1 = self.group(16, 16 * widen_factor, blocks)
+        self.block2 = self.group(16 * widen_factor, 32 * widen_factor, blocks)
+        self.block3 = self.group(32 * widen_factor, 64 * widen_factor, blocks)
+        self.bn1 = nn.BatchNorm2d(64 * widen_factor)
+        self.fc = nn.Linear(64 * widen_factor, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x, domain):
-        x = self.conv1(x)                           # (B, 16, H, W)
-        for block in (*self.block1, *self.block2, *self.block3):
-            x = block(x, domain)                    # ... (B, 64 * widen_factor, H/8, W/8)
-        x = F.relu(self.bn1(x, domain))
-        x = x.mean(dim=(2, 3))                      # (B, 64 * widen_factor)
-        return self.classifiers(x, domain)          # (B, classes)
+    @staticmethod
+    def group(in_planes, out_planes, number):
+        blocks = [BasicBlock(in_planes, out_planes, 2)]
+        for _ in range(number - 1):
+            blocks.append(BasicBlock(out_planes, out_planes, 1))
+        return nn.Sequential(*blocks)
+
+    def forward(self, x):
+        x = self.conv1(x)                   # (B, 16, H, W)
+        x = self.block1(x)                  # (B, 16 * widen_factor, H / 2, W / 2)
+        x = self.block2(x)                  # (B, 32 * widen_factor, H / 4, W / 4)
+        x = self.block3(x)                  # (B, 64 * widen_factor, H / 8, W / 8)
+        x = F.relu(self.bn1(x))
+        return self.fc(x.mean(dim=(2, 3)))  # (B, num_classes)
 
 
-class Tracer(fx.Tracer):
-    """Follows a forward. What it hands on of self.training is asked anew at every call; what it decides by
-    it is decided as in evaluation."""
+import threading         # here for the same reason as nn and F
+LOCK = threading.RLock()
+NORMS = nn.modules.batchnorm._NormBase      # of batch and instance: they may have statistics
 
-    def trace(self, root, concrete_args=None):
-        nn.Module.training = property(lambda module: self.create_proxy("get_attr", "training", (), {}))
+
+class MultiDomain(nn.Module):
+    """A frozen network that serves many domains, and what each of them owns (Eq. 1).
+
+    backbone: a plain, trained network, (B, C, S, S) -> (B, classes). A copy of it keeps its forward.
+    Its nn.Conv2d become SwitchedConv2d, but those that read the image; its batch-norms and its last
+    nn.Linear become PerDomain; all else is shared. domains: {name: number of classes}. source: the
+    domain that it was trained on, without switches. image_size: S.
+
+    switches: {domain: (M,) parameter}, for any optimizer. layers: names of the convolutions, in the
+    order of a row. owned: names of the PerDomain modules, with `classifier` among them. kept:
+    {layer: (C,) bool}, channels that pruning left. channels: C.
+
+    InputError, by its name, for a convolution or norm that is called twice or never, and for what
+    changes in training though all domains share it. Threads that call networks take turns.
+    """
+
+    def __init__(self, backbone, domains={}, source="imagenet", image_size=224):
+        super().__init__()
+        check_name(source)
+        self.name = str(vars(backbone).get("name", type(backbone).__name__))
+        self.options = None                 # what torchvision's get_model builds the backbone from
+        self.source = source
+        self.image_size = image_size
+        self.pruned = False
+        self.training = backbone.training
+        self.backbone = copy.deepcopy(backbone)
+        keep_tensors(self.backbone)
+        called, self.channels = layers_called(self.backbone, self.name, image_size)
+        self.classifier = called[-1]
+        self.give_parts([self.layer(name) for name in called])
+        modules = dict(self.backbone.named_modules())
+        self.layers = [name for name in modules if isinstance(modules[name], SwitchedConv2d)]
+        self.owned = [name for name in modules if isinstance(modules[name], PerDomain)]
+        if not self.layers:
+            raise InputError(f"{self.name} has no nn.Conv2d that reads another layer's channels")
+        self.kept = {}
+        for name in self.layers:
+            self.kept[name] = torch.ones(modules[name].in_channels, dtype=torch.bool, device="cpu")
+        self.whole = {}                     # {shared parameter: its size before pruning}
+        for name, parameter in self.backbone.named_parameters(remove_duplicate=False):
+            owner = name.rpartition(".")[0]
+            if owner in called and owner.rpartition(".")[0] not in self.owned:
+                self.whole[name] = parameter.numel()
+        norms = [part[source] for part in self.parts() if part is not modules[self.classifier]]
+        self.norm_channels = sum(norm.num_features for norm in norms)
+        self.switches = nn.ParameterDict()
+        for domain, number in domains.items():
+            self.add_domain(domain, number)
+
+    def give_parts(self, called):
+        """Turn the layers that are called into switched and per-domain ones, in place."""
+        convs = [layer for layer in called if isinstance(layer, nn.Conv2d)]
+        for conv in convs:                  # the first one reads the image
+            if is_conv(conv) and conv.groups == 1 and conv.in_channels != convs[0].in_channels:
+                conv.__class__ = SwitchedConv2d
+        parts = {}
+        for layer in called:
+            if isinstance(layer, NORMS) or layer is called[-1]:
+                parts[layer] = PerDomain({self.source: layer})
+                parts[layer].training = layer.training
+        for parent in list(self.backbone.modules()):
+            for name, layer in list(parent._modules.items()):
+                if layer in parts and not isinstance(parent, PerDomain):
+                    setattr(parent, name, parts[layer])
+
+    def layer(self, name):
+        """The module of the backbone that has this name."""
+        return self.backbone.get_submodule(name)
+
+    def parts(self):
+        """The PerDomain modules: batch-norms and classifiers."""
+        return [self.layer(name) for name in self.owned]
+
+    @property
+    def classes(self):
+        """{domain: number of classes} of all domains that are served, the source among them."""
+        linears = self.layer(self.classifier)
+        return {domain: linear.out_features for domain, linear in linears.items()}
+
+    @property
+    def domains(self):
+        """The adapted domains, in the order in which they came; the source is not among them."""
+        return [domain for domain in self.classes if domain != self.source]
+
+    def add_domain(self, domain, num_classes):
+        """Switches at 1e-3, a fresh classifier, and a copy of the source's batch-norms, or of the
+        first domain's where the source is pruned away."""
+        check_name(domain)
+        if domain in self.classes or domain == self.source:
+            raise InputError(f"domain {domain} is there already: give each one once")
+        like = next(iter(self.classes))
+        weight = self.layer(self.layers[0]).weight
+        self.switches[domain] = nn.Parameter(weight.new_full((sum(widths(self)),), 1e-3))
+        for name, part in zip(self.owned, self.parts()):
+            if name == self.classifier:
+                fresh = nn.Linear(part[like].in_features, num_classes)
+                part[domain] = fresh.to(weight).train(part[like].training)
+            else:
+                part[domain] = copy.deepcopy(part[like]).requires_grad_(True)
+
+    def remove_domain(self, domain):
+        served(self, [domain])
+        if domain in self.switches:         # the source has none
+            del self.switches[domain]
+        for part in self.parts():
+            del part[domain]
+
+    def owned_parameters(self, domains=None):
+        """Those of the batch-norms and classifiers of `domains` (default: all adapted ones)."""
+        result = []
+        for domain in served(self, domains):
+            for part in self.parts():
+                result.extend(part[domain].parameters())
+        return result
+
+    def freeze_backbone(self):
+        """Stop the gradient of all that no adapted domain owns."""
+        self.requires_grad_(False)
+        for parameter in (*self.switches.values(), *self.owned_parameters()):
+            parameter.requires_grad_(True)
+
+    def __call__(self, images, domain):
+        if torch.compiler.is_compiling():
+            return super().__call__(images, domain)
+        with LOCK:                          # the layers know one domain at work
+            return super().__call__(images, domain)
+
+    def forward(self, images, domain):
+        """Logits (B, classes of `domain`) of images (B, channels, S, S)."""
+        served(self, [domain])
+        layers = list(switched_layers(self).values())
+        parts = self.parts()
         try:
-            return super().trace(root, concrete_args)
+            for part in parts:
+                part.domain = domain
+            if domain in self.switches:
+                rows = self.switches[domain].split([layer.in_channels for layer in layers])
+                for layer, row in zip(layers, rows):
+                    layer.switches = row
+            logits = self.backbone(images)
         finally:
-            del nn.Module.training  # every module has its own again
-
-    def to_bool(self, proxy):
-        return False if proxy.node.target == "training" else super().to_bool(proxy)
-
-    def is_leaf_module(self, module, name):
-        own = isinstance(module, (SwitchedConv2d, DomainModules, Select))
-        bare = not [*module.children(), *module.parameters(), *module.buffers()]  # as stochastic depth
-        return own or bare or super().is_leaf_module(module, name)
+            for part in parts:
+                part.domain = None
+            for layer in layers:            # tensors with a gradient cannot be copied
+                layer.switches = None
+        return logits if isinstance(logits, torch.Tensor) else logits[0]    # no auxiliary logits
 
 
-class GraphNetwork(MultiDomain, fx.GraphModule):
-    """A network of many domains given by its graph, what add_switches and prune return."""
+def served(network, domains=None):
+    """`domains` as a list, default all adapted ones; InputError unless each of them is served."""
+    domains = network.domains if domains is None else domains
+    if isinstance(domains, str) or not set(domains) <= set(network.classes):
+        raise InputError(f"{domains!r} is no list of domains out of {', '.join(network.classes)}")
+    return list(domains)
 
-    def __init__(self, modules, graph, like, pruned):
-        super().__init__(modules, graph)
-        self.source, self.name, self.options, self.image = like.source, like.name, like.options, like.image
-        self.pruned = pruned  # whether channels are gone
-        self.train(like.training)
-
-    def __deepcopy__(self, memo):  # GraphModule's own forgets the attributes
-        return GraphNetwork(super().__deepcopy__(memo), copy.deepcopy(self.graph), self, self.pruned)
-
-
-def add_switches(network, domains, source="imagenet", image_size=224, name=None, options=None):
-    """A copy of a plain, trained `network` (of torch.nn layers, such as torchvision's) with switches.
-    Every nn.Conv2d but those that read the image becomes a SwitchedConv2d, every batch-norm a
-    DomainBatchNorm2d, the last nn.Linear the DomainLinear; all else is shared and frozen, also grouped
-    convolutions. Without batch-norm a domain owns switches and classifier alone; a warning says so. domains:
-    {name: number of classes}. Its forward, which torch.fx must be able to follow, becomes forward(x, domain).
-    InputError unless it gives `source` what `network` gives, on random images of `image_size`.
-    name, options: what torchvision's get_model builds its like from; without, load needs the network."""
-    kind, plain, network = type(network).__name__, network, copy.deepcopy(network)
-    try:
-        graph = Tracer().trace(network)
-    except Exception as error:
-        raise InputError(f"{kind}: torch.fx cannot follow its forward: {one_line(error)}") from None
-    write_out_of_place(network, graph)
-    parts = {node.target: operator.attrgetter(node.target)(network) for node in graph.nodes
-             if node.op in ("call_module", "get_attr")}
-    learned = [node.target for node in graph.nodes
-               if node.op == "call_module" and [*parts[node.target].parameters()]]
-    for key, layer in network.named_modules():
-        if isinstance(layer, nn.Conv2d) and type(layer) is not nn.Conv2d or learned.count(key) > 1:
-            raise InputError(f"{kind}: {key} is called twice or is a subclass of nn.Conv2d: every call needs "
-                             "a plain layer of its own")
-    image = next(iter(graph.nodes))
-    with graph.inserting_after(image):
-        domain = graph.placeholder("domain")
-    raw, stems = {image}, []  # raw: what is made of the image by no layer but batch-norm
-    for node in [node for node in graph.nodes if node is not domain]:
-        key, layer = node.target, layer_of(network, node)
-        is_conv, is_norm = isinstance(layer, nn.Conv2d), isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        reads_image = raw.issuperset(node.all_input_nodes)
-        if reads_image and (is_norm or key not in learned):
-            raw.add(node)
-        if is_conv and reads_image:
-            stems.append(layer)
-        elif is_conv and layer.groups == 1:
-            parts[key] = SwitchedConv2d(
-                layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                layer.dilation, bias=layer.bias is not None, padding_mode=layer.padding_mode, device="meta")
-            parts[key].weight, parts[key].bias = layer.weight, layer.bias
-        elif is_norm:
-            parts[key] = DomainBatchNorm2d(layer.num_features)
-            parts[key][source] = layer
-        elif isinstance(layer, nn.Linear) and key == learned[-1]:
-            parts[key] = DomainLinear({source: layer})
-        if isinstance(parts.get(key), (SwitchedConv2d, DomainModules)):
-            node.args = (*node.args, domain)
-    kinds = {type(part) for part in parts.values()}
-    if not {SwitchedConv2d, DomainLinear} <= kinds:
-        raise InputError(f"{kind} needs an nn.Conv2d that reads another layer's channels, for switches, and "
-                         "an nn.Linear at its end, for classifiers")
-    if DomainBatchNorm2d not in kinds:
-        warnings.warn(f"{kind} has no batch-norm: a domain owns its switches and its classifier alone")
-    network.name, network.options, network.source = name or kind, options, source
-    network.image = stems[0].in_channels if stems else 3, image_size
-    result = GraphNetwork(parts, graph, network, False)
-    try:
-        select_moves(result)
-        check_source(plain, result)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{kind} cannot run on {image_size} pixels: {one_line(error)}") from None
-    for new, number in domains.items():
-        result.add_domain(new, number)
-    return result
-
-
-def write_out_of_place(network, graph):
-    """Let no node change what it reads: what reads that later reads what the node yields instead. Pruning may
-    copy channels in between, or make what is written into a part of something larger."""
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        layer, name, call = layer_of(network, node), getattr(node.target, "__name__", node.target), None
-        if node.op == "call_function" and getattr(node.target, "__module__", None) == F.__name__:
-            call = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-        if getattr(layer, "inplace", False):
-            layer.inplace = False
-        elif call and call.arguments.get("inplace"):
-            call.arguments["inplace"] = False
-            node.args, node.kwargs = call.args, call.kwargs
-        elif node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
-            node.target = getattr(operator, name[1:])
-        elif node.op == "call_method" and name[-1] == "_":
-            node.target = name[:-1]
-        elif node.op == "call_function" and name[-1] == "_":
-            node.target = getattr(F, name[:-1])
-        else:
-            continue
-        node.args[0].replace_all_uses_with(node, lambda user: place[user] > place[node])
-
-
-class Recorder(fx.Interpreter):
-    """Keeps in node.meta["value"] what a node yields on the meta device: a shape, or a number."""
-
-    def run_node(self, node):
-        node.meta["value"] = super().run_node(node)
-        return node.meta["value"]
-
-
-def record(network, graph):
-    """Record `graph` for images that `network` can read; returns the copy that ran, in eval mode."""
-    (channels, size), meta = network.image, copy.deepcopy(network).to("meta").eval()
-    images = next(meta.parameters()).new_zeros(2, channels, size, size)
-    Recorder(meta, graph=graph).run(images, next(iter(network.classifiers)))
-    return meta
-
-
-def compute(network, node, values):
-    """What `node`, which holds no weights, makes of `values`, a function of its operands."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values)
-    if node.op == "call_method":
-        return getattr(args[0], node.target)(*args[1:], **kwargs)
-    return (layer_of(network, node) or node.target)(*args, **kwargs)
-
-
-def select_moves(network):
-    """Replace what only moves channels (a chunk, a slice, a shuffle by views) by a Select of them. They are
-    found by numbering the values of a tensor: the numbers that come out tell which channels these are."""
-    graph, numbers = network.graph, {}  # {node: (root, which values of the root it has)}
-    record(network, graph)
-    for node in list(graph.nodes):
-        value, inputs = node.meta["value"], [operand for operand in operands_of(node) if operand in numbers]
-        if isinstance(value, torch.Tensor):
-            numbers[node] = node, -1 - torch.arange(value.numel(), dtype=torch.double).view(value.shape)
-        if len(inputs) != 1 or node.op not in ("call_function", "call_method"):
-            continue
-        root, before = numbers[inputs[0]]
-        moved = compute(network, node, lambda n: before if n is inputs[0] else n.meta["value"])
-        if isinstance(moved, (tuple, list)):
-            numbers[node] = root, moved
-        if not isinstance(moved, torch.Tensor) or moved.max() >= 0 or (moved % 1).any() or (
-                len(moved.unique()) < moved.numel()):
-            continue  # other than values of the root, each once, come out: it computes
-        if node.target != "contiguous" and isinstance(before, torch.Tensor) and torch.equal(moved, before):
-            continue  # as dropout in evaluation
-        numbers[node], whole = (root, moved), numbers[root][1]
-        if moved.dim() > 1 and moved[:, 0].shape == whole[:, 0].shape:
-            place = {number: c for c, number in enumerate(whole[0].view(whole.shape[1], -1)[:, 0].tolist())}
-            firsts = moved[0].reshape(moved.shape[1], -1)[:, 0].tolist()
-            index = torch.tensor([place.get(number, 0) for number in firsts])
-            if moved.equal(whole[:, index]):
-                network.add_module(f"select_{len(numbers)}", Select(index, len(place), network))
-                with graph.inserting_after(node):
-                    chosen = graph.call_module(f"select_{len(numbers)}", (root,))
-                node.replace_all_uses_with(chosen)
-                numbers[chosen], chosen.meta["value"] = numbers[node], value
-    graph.eliminate_dead_code()
-    network.recompile()
-
-
-@torch.no_grad()
-def check_source(plain, network):
-    """InputError, with the layer where it begins, unless the source gets what `plain` computes, in training
-    too, and unless all that changes in training without a gradient is a domain's own."""
-    (channels, size), weight = network.image, next(plain.parameters())
-    images, state = torch.randn(2, channels, size, size).to(weight), network.state_dict()
-    for mode in ("evaluation", "training") if not weight.is_meta else ():
-        seen = []
-        for net, words in ((plain, ()), (network, (network.source,))):
-            net, its = copy.deepcopy(net).train(mode == "training"), {}
-            for name, module in net.named_modules():
-                def keep(module, inputs, y, name=name, its=its):
-                    its.setdefault(name, copy.deepcopy(y))
-                module.register_forward_hook(keep)
-                if isinstance(getattr(module, "p", None), float):  # of dropout: auxiliary ones draw as well
-                    module.p = 0.0
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                net(images, *words)
-            seen.append(its)
-        for name, ours in seen[1].items():
-            theirs = seen[0].get(name, ours)
-            if mode == "training" and isinstance(theirs, tuple) and not name:
-                theirs = theirs[0]  # auxiliary classifiers are left out
-            tensors = isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
-            if not (tensors and torch.allclose(ours, theirs, 1e-3, 1e-4 * theirs.abs().max().item(), True)
-                    or name and type(ours) is type(theirs) is tuple):  # as of attention
-                name = name or "its output, logits,"
-                raise InputError(f"{network.name}: {name} is not the same with switches, in {mode}: does "
-                                 "something write into what it reads, or branch in training?")
-        for name, value in net.state_dict().items():
-            if network.source not in name.split(".") and not torch.equal(value, state[name]):
-                raise InputError(f"{network.name}: {name} changes in training, but all domains share it")
-
-
-# -------- 3  The losses (Eq. 4 and 5); cross-entropy, the third term, is in the training loop ---------------
-
-def budget_loss(usage, budget, price):
-    """L_B = max(0, lambda_d (usage - beta)) of one domain (Eq. 4, section 3.1).
-    usage: scalar, the share of the switches that are on; budget: beta, in (0, 1]; price: lambda_d, from 0."""
-    return F.relu(price * (usage - budget))
-
-
-def sharing_loss(switches, budget, form="intersection"):
-    """L_PS / lambda_PS = max(0, excess), for domains that do not use the same channels; the excess by `form`:
-
-        intersection    1 - |s_1 & ... & s_N| / (M beta)               (Eq. 5)
-        union           |s_1 or ... or s_N| / (M beta) - 1             (our reading of the journal version,
-        jaccard         1 - |s_1 & ... & s_N| / |s_1 or ... or s_N|     arXiv 2309.11464)
-
-    switches: (N, M) binary, of all domains, none detached: with the others detached the paper saw no sharing
-    (supplement A). The intersection is the sum over switches of the product over domains."""
-    both, either = switches.prod(dim=0).sum(), (1 - (1 - switches).prod(dim=0)).sum()
-    most = switches.shape[1] * budget
-    excess = {"intersection": 1 - both / most, "union": either / most - 1, "jaccard": 1 - both / either}
-    return F.relu(excess[form])
-
-
-# -------- 4  Switches: what is trained by the losses and held to the budget ---------------------------------
 
 def switched_layers(network):
-    """{name: SwitchedConv2d} of all of them, in the order in which they were registered."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, SwitchedConv2d)}
+    """{name: SwitchedConv2d}, in the order in which a row of switches has them."""
+    return {name: network.layer(name) for name in network.layers}
 
 
-class Switches:
-    """The real switches of `domains`, their prices and their budget, for a training loop like this:
+def widths(network):
+    """[number of switches of each layer], as a row is split."""
+    return [layer.in_channels for layer in switched_layers(network).values()]
 
-        adam = torch.optim.Adam(switches.parameters(), lr=1e-4)
-        switches.begin(batch, done)                # the domains of this step, the share of the run so far
-        loss = cross_entropy + switches.loss(batch)
-        loss.backward()
-        switches.step(adam, batch)
 
-    rows: {domain: (M,) parameter}, of which the layers' switches are views: an optimizer and the losses see
-    one tensor, where WRN-28 has 27 layers. The layers' gradients are their own until `step` adds them.
-    budget: beta, in the measure `of` (see costs). sharing: lambda_PS, 0 for none (BA2), or "learned": raised
-    while the domains share too little. Other domains of the network count in the sharing loss, and stay as
-    they are. form: see sharing_loss. share_to: "current": the sharing loss moves the batch's domains alone.
-    rate: step of the prices. settle: share of the run after which every domain's least switches go off until
-    its budget holds, and no switch moves any more; None: never. rank: which are the least. "switches": those
-    of least value. "gradients": every switch is on until then, without losses, and its importance is the mean
-    square of its gradient (Molchanov et al., CVPR 2019); least is least importance for the domain, plus
-    lambda_PS times that for each other domain, per cost."""
+def check_name(domain):
+    """InputError unless `domain` can name a part of a torch module."""
+    taken = hasattr(PerDomain(), str(domain)) or hasattr(nn.ParameterDict(), str(domain))
+    if taken or not domain or not isinstance(domain, str) or "." in domain:
+        raise InputError(f"domain name {domain!r} cannot name a part of a torch module: rename it")
 
-    def __init__(self, network, domains, budget, of="channels", image_size=None, sharing=1.0,
-                 form="intersection", share_to="all", rate=0.3, settle=None, rank="switches"):
-        self.domains, self.budget, self.form, self.rate = served(network, domains), budget, form, rate
-        self.settle, self.learned = math.inf if settle is None else settle, sharing == "learned"
-        self.everyone = share_to == "all" and sharing != 0                # whether L_PS moves all domains
-        self.sharing = 0.0 if self.learned else sharing                   # lambda_PS
-        self.prices = dict.fromkeys(self.domains, 0.0)                    # lambda_d
-        layers, (each, self.fixed) = switched_layers(network), costs(network, of, image_size)
-        self.layers, self.widths = list(layers.values()), [layer.in_channels for layer in layers.values()]
-        # costs and importance stay on the CPU: not every device has float64
-        self.costs = torch.cat([torch.full((width,), each[name], dtype=torch.double)
-                                for name, width in zip(layers, self.widths)])  # (M,)
-        least = sum(each.values()) + self.fixed
-        if not least <= budget <= 1:
-            raise InputError(f"budget {budget:g} of {of}: give {least:.4f} (a channel in each layer) to 1")
-        if network.source in self.domains:
-            raise InputError(f"the source {network.source} has no switches: leave it out")
-        self.whole = sum(len(layer.kept) for layer in layers.values())    # M of the backbone, in Eq. 5
-        self.others = [torch.cat([layer.read(domain) for layer in self.layers])
-                       for domain in network.domains if domain not in self.domains]
-        self.rows = {domain: nn.Parameter(torch.empty(0)) for domain in self.domains}
-        self.settled, self.measuring = False, rank == "gradients" and settle is not None
-        self.importance = {domain: torch.full_like(self.costs, 1e-30) for domain in self.domains}
-        self.begin([], 0.0)
 
-    def parameters(self):
-        return list(self.rows.values())
+def is_conv(layer):
+    """Whether it is a plain convolution, with a parameter as its weight."""
+    plain = type(layer) in (nn.Conv2d, SwitchedConv2d)
+    return plain and isinstance(layer.weight, nn.Parameter)
 
-    def begin(self, batch, done):
-        """Before a step on images of the domains `batch`; done: the share of the run that is over, 0 to 1."""
-        for domain, row in self.rows.items():
-            parts = [layer.switches[domain] for layer in self.layers]
-            if parts[0].data_ptr() != row.data_ptr():  # at first, and when the network has moved to a device
-                row.data = torch.cat([part.detach() for part in parts])
-                for part, view in zip(parts, row.data.split(self.widths)):
-                    part.data = view
-            if done >= self.settle and not self.settled:
-                self.hold(domain)
-                for part in parts:
-                    part.requires_grad_(False)
-        self.settled = done >= self.settle
-        self.moving = [domain for domain in self.domains if self.everyone or domain in batch]
 
-    def loss(self, batch):
-        """L_B of the domains `batch` + L_PS (Eq. 4 and 5), a scalar; 0 once the switches have settled."""
-        if self.settled or self.measuring:
-            return 0.0
-        s = binarize(torch.stack([row if domain in self.moving else row.detach()
-                                  for domain, row in self.rows.items()]))  # (N, M)
-        usage = dict(zip(self.domains, s @ self.costs.to(s) + self.fixed))  # N scalars
-        self.usage = {domain: usage[domain].item() for domain in batch}
-        loss = sum(budget_loss(usage[domain], self.budget, self.prices[domain]) for domain in batch)
-        if self.learned or self.sharing > 0:
-            everyone = torch.cat([s, torch.stack(self.others).to(s)]) if self.others else s
-            excess = sharing_loss(everyone, self.budget * self.whole / s.shape[1], self.form)
-            loss = loss + self.sharing * excess
-            self.sharing += self.learned * self.rate * excess.item()
-        return loss
+def keep_tensors(backbone):
+    """Make persistent buffers of the tensors that modules have: so they move and are saved."""
+    for module in backbone.modules():
+        for name, value in [*vars(module).items(), *module.named_buffers(recurse=False)]:
+            if type(value) is torch.Tensor:
+                vars(module).pop(name, None)
+                module.register_buffer(name, value)
 
-    @torch.no_grad()
-    def step(self, optimizer, batch):
-        """After backward: step the optimizer (Adam, of the rows), then the prices of the domains `batch`.
-        A price is the KKT multiplier of section 3.1: price += rate (usage - beta), never below 0. It has to
-        rise slowly: all switches start alike and Adam moves each by about its rate, so a budget term that
-        outweighs the cross-entropy sends them through zero together."""
-        if self.settled:
-            return
-        for domain in batch:
-            parts, row = [layer.switches[domain] for layer in self.layers], self.rows[domain]
-            grads = torch.cat([torch.zeros_like(part) if part.grad is None else part.grad for part in parts])
-            row.grad = grads if row.grad is None else row.grad + grads
-            for part in parts:
-                part.grad = None
-            if self.measuring:
-                self.importance[domain] = 0.999 * self.importance[domain] + row.grad.cpu() ** 2
-                row.grad = None
-        if self.measuring:
-            return
-        optimizer.step()
-        optimizer.zero_grad()  # to None: Adam's momentum does not move the domains of other batches
-        moved = torch.stack([self.rows[domain] for domain in self.moving])                           # (N, M)
-        strongest = torch.stack([layer.amax(1) for layer in moved.split(self.widths, 1)], 1)         # (N, L)
-        for n, layer in (strongest <= 0).nonzero().tolist():  # no layer may cut a domain's network in two
-            part = self.rows[self.moving[n]].split(self.widths)[layer]
-            part[part.argmax()] = 1e-6
-        for domain, use in self.usage.items():
-            self.prices[domain] = max(0.0, self.prices[domain] + self.rate * (use - self.budget))
 
-    @torch.no_grad()
-    def hold(self, domain):
-        """Switch off the least switches of `domain` until its budget holds, not the strongest of a layer."""
-        row = values = self.rows[domain].cpu()
-        if self.measuring:
-            own, *rest = [part / part.sum() for part in (
-                self.importance[domain], *self.importance.values(), *self.others)]
-            values = ((1 - self.sharing) * own + self.sharing * sum(rest)) / self.costs
-        values = torch.where(row > 0, values, -math.inf)
-        for layer in values.split(self.widths):
-            layer[layer.argmax()] = math.inf
-        order = values.argsort()  # the least first
-        order = order[values[order].isfinite()]
-        over = (self.costs * (row > 0)).sum() + self.fixed - self.budget
-        before = self.costs[order].cumsum(0) - self.costs[order]
-        self.rows[domain][order[before < over - 1e-9]] = 0
-
-    def state_dict(self):
-        return {"prices": self.prices, "sharing": self.sharing, "importance": self.importance}
-
-    def load_state_dict(self, state):
-        self.prices, self.sharing = dict(state["prices"]), state["sharing"]
-        self.importance = dict(state["importance"])
+def layers_called(backbone, name, image_size):
+    """(names of the modules in the order in which evaluation calls them, at the end the linear layer
+    of the logits; channels of the images), from a run on random images in each mode."""
+    for channels in (3, 1):
+        images = torch.rand(2, channels, image_size, image_size, generator=torch.Generator("cpu"))
+        try:
+            called, _, logits = watch(backbone, images, training=False)
+            trained, after, _ = watch(backbone, images, training=True)
+            break
+        except Exception as error:
+            problem = one_line(error) if channels == 3 else problem
+    else:
+        raise InputError(f"{name} cannot run on {image_size} pixels: {problem}")
+    modules = dict(backbone.named_modules())
+    kinds = [layer for layer in modules if isinstance(modules[layer], (nn.Conv2d, NORMS))]
+    last = [layer for layer in called if isinstance(modules[layer], nn.Linear)][-1:]
+    if not last or getattr(logits, "shape", None) != (2, modules[last[0]].out_features):
+        raise InputError(f"{name} needs an nn.Linear at its end that makes its output, logits")
+    for layer in kinds + last:
+        if called.count(layer) > 1:
+            raise InputError(f"{name}: {layer} is called twice: each call needs a layer of its own")
+        if layer not in called + trained:
+            raise InputError(f"{name}: {layer} is never called: take it out of the network")
+    for key, value in backbone.named_buffers():
+        if key.rpartition(".")[0] not in kinds and not torch.equal(value, after[key]):
+            raise InputError(f"{name}: {key} changes in training, but all domains share it")
+    called.remove(last[0])
+    return called + last, channels
 
 
 @torch.no_grad()
-def reestimate_batch_norm(network, domain, batches):
-    """Set the running statistics of `domain` to the mean over `batches` (of images, labels, as a DataLoader
-    gives them) for the switches as they stand; the network is in training mode then. While switches move,
-    running statistics describe a network that is gone (EagleEye, ECCV 2020)."""
-    served(network, [domain])
-    norms = [module[domain] for module in network.train().modules() if isinstance(module, DomainBatchNorm2d)]
-    before = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch's cumulative average
-    for images, _ in batches:
-        network(images, domain)
-    for norm, momentum in zip(norms, before):
-        norm.momentum = momentum
+def watch(backbone, images, training):
+    """(names of the modules at each of their calls, buffers afterwards, output) of a copy."""
+    trial = copy.deepcopy(backbone).train(training)
+    order = []
+    for name, module in trial.named_modules():
+        module.register_forward_pre_hook(lambda module, inputs, name=name: order.append(name))
+    with torch.random.fork_rng():           # whoever asks draws the same random numbers afterwards
+        output = trial(images.to(next(backbone.parameters())))
+    return order, dict(trial.named_buffers()), output
 
 
-# -------- 5  What it costs: read from the masks and from one table of the backbone's layers -----------------
+def one_line(error):
+    words = " ".join(str(error).replace("\x1b[1m", "").replace("\x1b[0m", "").split())
+    return f"{type(error).__name__}: {words:.300}"
+
+
+# -------- 3  The losses (Eq. 4, 5), the multiplier's step, the floor, start and budget of switches -
+
+def binarized(network, moving=None):
+    """s, (N, M): the binary switches of all adapted domains, in the order of network.domains.
+
+    moving: the domains that get a gradient (default: all). The others get none, since a gradient of
+    0 would still let Adam's momentum move them.
+    """
+    rows = []
+    for domain in network.domains:
+        row = network.switches[domain]
+        rows.append(row if moving is None or domain in moving else row.detach())
+    return binarize(torch.stack(rows))
+
+
+def budget_loss(usage, budget, multiplier):
+    """L_B = max(0, lambda_d (usage - beta)) of one domain (Eq. 4, section 3.1).
+
+    usage: scalar, mean(s_d) or another share that is on; multiplier: lambda_d, 0 or more.
+    """
+    return F.relu(multiplier * (usage - budget))
+
+
+def sharing_loss(s, budget, form="intersection"):
+    """L_PS / lambda_PS = max(0, excess), for domains that do not use the same channels; by `form`:
+
+        intersection    1 - |s_1 & ... & s_N| / (M beta)               (Eq. 5)
+        union           |s_1 or ... or s_N| / (M beta) - 1             (our reading of the journal
+        jaccard         1 - |s_1 & ... & s_N| / |s_1 or ... or s_N|     version, arXiv 2309.11464)
+
+    s: (N, M) binary, of all domains. The intersection is the sum over switches of the product over
+    domains. With the other domains detached the paper saw no sharing (supplement A).
+    """
+    both = s.prod(dim=0).sum()
+    either = (1 - (1 - s).prod(dim=0)).sum()
+    most = s.shape[1] * budget
+    if form == "union":
+        return F.relu(either / most - 1)
+    if form == "jaccard":
+        return F.relu(1 - both / either)
+    return F.relu(1 - both / most)
+
+
+def next_multiplier(multiplier, usage, budget, rate=0.3):
+    """lambda_d + rate (usage - beta), never below 0: after a step, for the next one (section 3.1).
+
+    It has to rise slowly. All switches start alike and Adam moves each by about its rate: a budget
+    loss that outweighs the cross-entropy sends them through zero together.
+    """
+    usage = usage.item() if isinstance(usage, torch.Tensor) else usage
+    return max(0.0, multiplier + rate * (usage - budget))
+
+
+@torch.no_grad()
+def keep_a_channel(network, domains):
+    """In a layer where one of `domains` has no channel on, switch its strongest one on."""
+    rows = torch.stack([network.switches[domain] for domain in domains])                 # (N, M)
+    strongest = [part.amax(dim=1) for part in rows.split(widths(network), dim=1)]
+    for n, layer in (torch.stack(strongest, dim=1) <= 0).nonzero().tolist():
+        part = network.switches[domains[n]].split(widths(network))[layer]
+        part[part.argmax()] = 1e-6
+
+
+def ranked(network, value):
+    """(M,) positions of the switches: the best of each layer, then the rest, by `value`."""
+    value = value.clone()
+    for layer in value.split(widths(network)):
+        layer[layer.argmax()] = torch.inf
+    return value.argsort().flip(0)
+
+
+@torch.no_grad()
+def start_switches(network, domain, importance, cost, room, spread=1e-2):
+    """Give the switches of `domain` values in the order of importance per cost, before the search.
+
+    As many are positive as the budget has room for, one in each layer first. Values fall evenly
+    from `spread` to 0 and on to -spread: the best of those that are off lie just below 0.
+    importance: (M,), as the mean square of a switch's gradient [5]; cost: (M,), see costs; room: the
+    budget less the share that no switch governs, enough for a channel in each layer.
+    """
+    order = ranked(network, importance / cost)
+    number = int((cost[order].cumsum(0) <= room + 1e-9).sum())
+    on = torch.linspace(spread, 0, number + 1)[:-1]
+    off = torch.linspace(0, -spread, len(order) - number + 1)[1:]
+    row = network.switches[domain]
+    row[order.to(row.device)] = torch.cat([on, off]).to(row)
+
+
+@torch.no_grad()
+def hold_budget(network, domain, cost, room):
+    """Switch the least switches of `domain` off until its budget holds; cost, room: as above."""
+    row = network.switches[domain]
+    value = torch.where(row > 0, row, -torch.inf).to("cpu", torch.double)
+    order = ranked(network, value)
+    over = order[cost[order].cumsum(0) > room + 1e-9]
+    row[over[value[over] > 0].to(row.device)] = 0
+
+
+# -------- 4  What it costs, relative to the backbone: from masks and one table of its layers -------
 
 BUDGETS = ("layers", "channels", "macs", "params")
 
 
-def served(network, domains=None):
-    """`domains` as a list, default all adapted ones; InputError unless the network serves each of them."""
-    domains = network.domains if domains is None else domains
-    if isinstance(domains, str) or not set(domains) <= set(network.classifiers):
-        raise InputError(f"{domains!r} is not a list of domains out of {', '.join(network.classifiers)}")
-    return list(domains)
+def read(network, domain):
+    """(M,) bool, on the CPU: the switches that `domain` has on. The source reads all."""
+    if domain not in network.switches:
+        return torch.ones(sum(widths(network)), dtype=torch.bool)
+    return network.switches[domain].detach().cpu() > 0
 
 
 def masks(network, domains=None):
-    """{layer: (N, C) bool, on the CPU}: which of the backbone's C input channels each of `domains` reads.
-    domains: default all adapted ones; the source, if it is named, reads all. What is pruned away is off."""
-    domains, result = served(network, domains), {}
-    for name, layer in switched_layers(network).items():
-        result[name] = torch.zeros(len(domains), len(layer.kept), dtype=torch.bool)
-        for row, domain in zip(result[name], domains):
-            row[layer.kept] = layer.read(domain)
+    """{layer: (N, C) bool, on the CPU}: which of the backbone's C input channels `domains` read.
+
+    domains: default all adapted ones; the source reads all. What is pruned away is off.
+    """
+    domains = served(network, domains)
+    result = {}
+    for name, kept in network.kept.items():
+        result[name] = torch.zeros(len(domains), len(kept), dtype=torch.bool)
+    for n, domain in enumerate(domains):
+        for name, row in zip(network.layers, read(network, domain).split(widths(network))):
+            result[name][n, network.kept[name]] = row
     return result
 
 
-def shared_layers(network):
-    """{name: module} of all that no domain owns."""
-    owned = {module for part in network.parts() for module in part.modules()}
-    return {name: module for name, module in network.named_modules() if module not in owned}
-
-
 def table(network, image_size=None):
-    """{layer: its weights in the backbone} for every layer that the domains share, biases and the like under
-    names of their own; with image_size {layer: its MACs for a crop}, counted by THOP."""
-    whole, operations = {}, {}
-    for name, module in shared_layers(network).items():
-        own = {key: p.numel() for key, p in module.named_parameters(recurse=False)}
-        for key, number in getattr(module, "whole", own).items():
-            whole[name if key == "weight" else f"{name}.{key}"] = number
+    """{shared layer: its weights in the backbone}; biases have names of their own.
+
+    With image_size {shared layer: its MACs for a crop}, by THOP. What pruning took counts too.
+    """
+    whole = {name.removesuffix(".weight"): number for name, number in network.whole.items()}
     if image_size is None:
         return whole
-    network = copy.deepcopy(network).to("meta")  # THOP changes modes and buffers
-    from thop import profile  # which needs setuptools from Python 3.12 on
+    from thop import profile                                    # needs setuptools on Python 3.12
     from thop.vision.basic_hooks import count_convNd, count_linear
-    names = {module: name for name, module in shared_layers(network).items()}
+    network = copy.deepcopy(network)                            # THOP leaves buffers in it
+    names = {module: name for name, module in network.backbone.named_modules()}
+    operations = {}
 
     def count(layer, inputs, output):
-        if layer in names:
+        if names[layer] in whole:                               # a classifier is not
             (count_linear if isinstance(layer, nn.Linear) else count_convNd)(layer, inputs, output)
-            operations[names[layer]] = int(layer.total_ops) * whole[names[layer]] // layer.weight.numel()
-    channels, first = network.image[0], next(network.parameters())
-    inputs = first.new_zeros(1, channels, image_size, image_size), next(iter(network.classifiers))
+            pruned = whole[names[layer]] / layer.weight.numel()
+            operations[names[layer]] = round(int(layer.total_ops) * pruned)
+
+    first = next(network.backbone.parameters())
+    images = first.new_zeros(1, network.channels, image_size, image_size)
     kinds = SwitchedConv2d, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear
-    profile(network, inputs, dict.fromkeys(kinds, count), verbose=False)  # one it does not know has no MACs
+    domain = next(iter(network.classes))
+    profile(network, (images, domain), dict.fromkeys(kinds, count), verbose=False)  # by exact type
     return operations
 
 
 def costs(network, of="layers", image_size=None):
-    """({layer: what one of its switches costs}, the share that no switch governs): all of it together is 1.
-    of: layers, 1 / (L C_l), the paper's: usage is 1 - the sparsity of Table 7; channels, 1 / M; macs, params:
-    what a channel brings of the convolutions' MACs or weights, of which the stem's are always there."""
-    widths = {name: len(layer.kept) for name, layer in switched_layers(network).items()}
+    """((M,) float64, what each switch costs; the share that no switch governs): all together is 1.
+
+    of: layers, the paper's, 1 / (number of layers * C): usage is 1 - the sparsity of Table 7;
+    channels, 1 / M; macs, params: a channel's share of the MACs or weights of the shared layers.
+    """
     if of not in BUDGETS:
         raise InputError(f"budget of {of!r}: choose among {', '.join(BUDGETS)}")
-    whole = {"layers": dict.fromkeys(widths, 1), "channels": widths}.get(of)
-    whole = whole or table(network, (image_size or network.image[1]) if of == "macs" else None)
+    if of == "layers":
+        whole = dict.fromkeys(network.layers, 1)
+    elif of == "channels":
+        whole = {name: len(kept) for name, kept in network.kept.items()}
+    elif of == "macs":
+        whole = table(network, image_size or network.image_size)
+    else:
+        whole = table(network)
     total = sum(whole.values())
-    return ({name: whole[name] / total / width for name, width in widths.items()},
-            sum(value for name, value in whole.items() if name not in widths) / total)
+    cost = []
+    for name, kept in network.kept.items():
+        each = whole[name] / total / len(kept)
+        cost.append(torch.full((int(kept.sum()),), each, dtype=torch.double))
+    governed = sum(whole[name] for name in network.layers)
+    return torch.cat(cost), (total - governed) / total
 
 
 def share(network, domains=None, of="layers", image_size=None):
-    """Share of the backbone, in the measure `of`, left with the channels that any of `domains` reads."""
-    each, fixed = costs(network, of, image_size)
-    return fixed + sum(each[name] * int(on.any(0).sum()) for name, on in masks(network, domains).items())
+    """Share of the backbone, in the measure `of`, that any of `domains` reads."""
+    cost, fixed = costs(network, of, image_size)
+    on = torch.stack([read(network, domain) for domain in served(network, domains)])
+    return fixed + float(cost @ on.any(dim=0).double())
 
 
 def usage(network, of="layers", image_size=None, domains=None):
     """{domain: share in the measure `of` that it has on}, what is held against the budget."""
-    each, fixed = costs(network, of, image_size)
-    use = fixed + sum(each[name] * on.sum(1).double() for name, on in masks(network, domains).items())
-    return dict(zip(served(network, domains), use.tolist()))
+    cost, fixed = costs(network, of, image_size)
+    domains = served(network, domains)
+    return {domain: fixed + float(cost @ read(network, domain).double()) for domain in domains}
 
 
 def sparsity(network, domains=None):
     """({domain: share off}, share off in all domains): means over layers, as in Table 7."""
-    on = usage(network, domains=domains) | {None: share(network, domains)}
-    off = {domain: max(0.0, 1 - use) for domain, use in on.items()}
-    return off, off.pop(None)
+    off = {domain: max(0.0, 1 - use) for domain, use in usage(network, domains=domains).items()}
+    return off, max(0.0, 1 - share(network, domains))
 
 
 def params(network, domains=None):
-    """Memory that `domains` need, relative to the backbone (Table 2), without the channels that none reads.
-    Everything but classifiers: weights, four floats (weight, bias, mean, variance) per batch-norm channel and
-    domain, 32 bits a float, 1 bit a switch. The backbone is the shared layers alone: WRN-28-4 with ten
-    domains and every switch on is at 1.025. The source counts only if it is named, and keeps every channel.
+    """Memory that `domains` need, relative to the backbone (Table 2), without what none of them reads.
+
+    All but classifiers: weights, four floats (weight, bias, mean, variance) per batch-norm channel
+    and domain, 32 bits a float, 1 bit a switch. The backbone is the shared layers alone: WRN-28-4 with
+    ten domains and every switch on is at 1.025. The source counts only if it is named.
     """
     domains = served(network, domains) or [network.source]
-    norms = sum(module.features for module in network.modules() if isinstance(module, DomainBatchNorm2d))
-    switches = sum(int(on.any(0).sum()) for on in masks(network, domains).values())
-    own = 4 * norms * len(domains) + switches / 32 * sum(domain != network.source for domain in domains)
-    return share(network, domains, "params") + own / sum(table(network).values())
+    adapted = [domain for domain in domains if domain != network.source]
+    channels = sum(int(mask.any(dim=0).sum()) for mask in masks(network, domains).values())
+    own = 4 * network.norm_channels * len(domains) + channels / 32 * len(adapted)
+    return share(network, domains, "params") + own / sum(network.whole.values())
 
 
 def macs(network, domains=None, image_size=None):
-    """Multiply-accumulates of the shared layers for one crop, with the input channels that `domains` read.
-    [domain]: the complexity of that domain; None: the backbone's. As in the paper every filter counts;
-    batch-norm (0.3% of WRN-28-4) and classifiers do not."""
-    read = {} if domains is None else masks(network, domains)
-    return round(sum(value * (read[name].any(0).double().mean().item() if name in read else 1)
-                     for name, value in table(network, image_size or network.image[1]).items()))
+    """Multiply-accumulates of the shared layers for one crop, with the channels that `domains` read.
+
+    [domain]: of that domain; None: of the backbone. Every filter counts, as in the paper; batch-norm
+    (0.3% of WRN-28-4) and classifiers do not.
+    """
+    operations = table(network, image_size or network.image_size)
+    if domains is not None:
+        for name, mask in masks(network, domains).items():
+            operations[name] *= mask.any(dim=0).double().mean().item()
+    return round(sum(operations.values()))
 
 
-# -------- 6  Pruning: from the last layer back to the first, who reads which channel ------------------------
+@torch.no_grad()
+def reestimate_batch_norm(network, domain, batches):
+    """Set the running statistics of `domain` to the mean over `batches`, for the switches it has now.
+
+    batches: of (images, labels), as a DataLoader gives them. While switches move, statistics describe
+    a network that is gone (EagleEye, ECCV 2020). They stay if something is raised, InputError for no
+    batch among it. Modes are restored.
+    """
+    served(network, [domain])
+    norms = [part[domain] for part in network.parts()]
+    norms = [norm for norm in norms if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    before = [(copy.deepcopy(norm.state_dict()), norm.momentum) for norm in norms]
+    modes = [(module, module.training) for module in network.modules()]
+    done = 0
+    try:
+        network.train()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None            # torch's cumulative average
+        for images, _ in batches:
+            network(images, domain)
+            done += 1
+        if not done:
+            raise InputError(f"no batch of {domain} to re-estimate its batch-norm from")
+    except BaseException:
+        for norm, (state, _) in zip(norms, before):
+            norm.load_state_dict(state)
+        raise
+    finally:
+        for norm, (_, momentum) in zip(norms, before):
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
+
+
+# -------- 5  Pruning: from the last layer back to the first, who reads which channel ----------------
 
 class Select(nn.Module):
-    """The channels `index` (C_out,) of x: (B, C_in, H, W) -> (B, C_out, H, W), where `network` is."""
+    """The channels `index` of x: (B, C, ...) -> (B, len(index), ...)."""
 
-    def __init__(self, index, in_channels, network):
+    def __init__(self, index):
         super().__init__()
-        self.in_channels, device = in_channels, next(network.parameters()).device
-        index = index.to("cpu" if device.type == "meta" else device)  # on meta there would be no numbers
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, x):
-        if x.is_contiguous():
+        if x.dim() < 4 or x.is_contiguous():
             return x.index_select(1, self.index)
-        pixels = x.permute(0, 2, 3, 1)  # channels-last, where index_select would hand back NCHW
-        chosen = pixels.flatten(0, 2).index_select(1, self.index)  # (B * H * W, C_out)
+        pixels = x.permute(0, 2, 3, 1)      # channels-last, where index_select would give NCHW
+        chosen = pixels.flatten(0, 2).index_select(1, self.index)
         return chosen.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
 
 
-ALL = torch.tensor(True)  # a mask of all channels, however many
+class Value(str):
+    """In the steps of a Pruned, the name of what another step yields."""
 
 
-def operands_of(node):
-    return [operand for operand in node.all_input_nodes if operand.target not in ("domain", "training")]
+class Pruned(nn.Module):
+    """What is left of a backbone: its modules and attributes, and its forward as a list of steps."""
+
+    def __init__(self, backbone, graph):
+        super().__init__()
+        vars(self).update(vars(backbone))
+        self._steps = []                    # (name, kind, target, args, kwargs, what is used no more)
+        needed = set()
+        for node in reversed(graph.nodes):
+            args, kwargs = replace((node.args, node.kwargs), fx.Node, lambda one: Value(one.name))
+            done = [one.name for one in node.all_input_nodes if one not in needed]
+            needed.update(node.all_input_nodes)
+            self._steps.insert(0, (node.name, node.op, node.target, args, kwargs, done))
+
+    def forward(self, images):
+        values = {}
+        for name, kind, target, args, kwargs, done in self._steps:
+            args, kwargs = replace((args, kwargs), Value, values.get)
+            if kind == "placeholder":
+                values[name] = images
+            elif kind == "get_attr":
+                parent, _, last = target.rpartition(".")
+                values[name] = getattr(self.get_submodule(parent), last)
+            elif kind == "call_module":
+                values[name] = self.get_submodule(target)(*args, **kwargs)
+            elif kind == "call_method":
+                values[name] = getattr(args[0], target)(*args[1:], **kwargs)
+            elif kind == "call_function":
+                values[name] = target(*args, **kwargs)
+            else:                           # output
+                return args[0]
+            for one in done:
+                del values[one]
+
+
+def replace(argument, kind, by):
+    """`argument` with by(one) in place of each `one` of this kind in it."""
+    if isinstance(argument, kind):
+        return by(argument)
+    if isinstance(argument, (tuple, list)):
+        parts = [replace(part, kind, by) for part in argument]
+        return tuple(parts) if isinstance(argument, tuple) else parts
+    if isinstance(argument, dict):
+        return {key: replace(part, kind, by) for key, part in argument.items()}
+    if isinstance(argument, slice):
+        return slice(*replace((argument.start, argument.stop, argument.step), kind, by))
+    return argument
+
+
+class Tracer(fx.Tracer):
+    def is_leaf_module(self, module, name):
+        own = isinstance(module, (SwitchedConv2d, PerDomain, Select))
+        bare = not [*module.children(), *module.parameters(), *module.buffers()]
+        return own or bare or super().is_leaf_module(module, name)
+
+
+class Recorder(fx.Interpreter):
+    """Keeps in node.meta what a node yields, and the operands that it writes into."""
+
+    def run_node(self, node):
+        values = [self.env[operand] for operand in node.all_input_nodes]
+        before = [getattr(value, "_version", 0) for value in values]
+        node.meta["value"] = super().run_node(node)
+        node.meta["written"] = []
+        for operand, value, version in zip(node.all_input_nodes, values, before):
+            if getattr(value, "_version", 0) > version:
+                node.meta["written"].append(operand)
+        return node.meta["value"]
+
+
+@torch.no_grad()
+def trace(network):
+    """The graph of the backbone's forward, run once; InputError if torch.fx cannot follow it.
+
+    What writes into a tensor that is read again later writes into a copy of it: pruning may put a
+    Select in between.
+    """
+    size = 2, network.channels, network.image_size, network.image_size
+    try:
+        known = list(vars(network.backbone))
+        graph = Tracer().trace(network.backbone)
+        keep_constants(network.backbone, graph, known)
+        for part in network.parts():
+            part.domain = next(iter(part))
+        Recorder(network.backbone, graph=graph).run(next(network.parameters()).new_zeros(size))
+    except Exception as error:
+        problem = f"torch.fx cannot follow its forward: {one_line(error)}"
+        raise InputError(f"{network.name}: {problem}") from None
+    finally:
+        for part in network.parts():
+            part.domain = None
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    for node in place:
+        for operand in node.meta["written"]:
+            later = [user for user in operand.users if place.get(user, 0) > place[node]]
+            if later:
+                with graph.inserting_before(node):
+                    clone = graph.call_method("clone", (operand,))
+                clone.meta["value"] = operand.meta["value"]
+                node.replace_input_with(operand, clone)
+                operand.replace_all_uses_with(node, lambda user: user in later)
+    return graph
+
+
+def keep_constants(backbone, graph, known):
+    """Make buffers, under names that do not depend on earlier traces, of the tensors that forward makes."""
+    for name in [name for name in vars(backbone) if name not in known]:
+        constant = free_name(backbone, "constant")
+        backbone.register_buffer(constant, vars(backbone).pop(name))
+        for node in graph.nodes:
+            if node.op == "get_attr" and node.target == name:
+                node.target = constant
+
+
+def free_name(module, name):
+    """`name`, or the first of name_1, name_2, ... that nothing in `module` has."""
+    number = 0
+    free = name
+    while hasattr(module, free):
+        number += 1
+        free = f"{name}_{number}"
+    return free
 
 
 def layer_of(network, node):
     """The module that `node` calls, or None."""
-    return network.get_submodule(node.target) if node.op == "call_module" else None
+    return network.layer(node.target) if node.op == "call_module" else None
 
 
 def width(node):
-    """Number of channels of what `node` yields, (B, C, ...); None if it is something else."""
+    """Number of channels of what `node` yields, (B, C, ...); 0 if it is something else."""
     value = node.meta["value"]
-    return value.shape[1] if isinstance(value, torch.Tensor) and value.dim() > 1 else None
+    return value.shape[1] if isinstance(value, torch.Tensor) and value.dim() > 1 else 0
 
 
-def follows(network, node, operand):
-    """Whether `node` makes channel c of channel c of `operand` and of no other, of half of them too. It is
-    tried: where a channel is not a number, what is made of it must not be one, and the rest must."""
+def channelwise(network, node, operand):
+    """Whether `node`, without weights, makes channel c of channel c of `operand` and of no other.
+
+    It is tried, with half as many channels too. Where a channel is not a number, what is made of it
+    must not be one, and the rest must.
+    """
     for channels in {width(operand), (width(operand) + 1) // 2}:
         bits = torch.arange(channels) >> torch.arange(channels.bit_length())[:, None] & 1 > 0
-        codes = torch.cat([bits, ~bits])  # (B, C): some row tells any two channels apart
+        codes = torch.cat([bits, ~bits])    # (B, channels): some row tells any two apart
 
-        def values(n):
-            if width(n) is None:
-                return n.meta["value"]
-            own = channels if width(n) == width(operand) else width(n)
-            x = torch.ones(len(codes), own, *n.meta["value"].shape[2:])
-            if n is operand:
-                x[codes] = math.nan
+        def value(other):
+            own = channels if width(other) == width(operand) else width(other)
+            x = torch.ones(len(codes), own, *other.meta["value"].shape[2:])
+            if other is operand:
+                x[codes] = torch.nan
             return x
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         try:
-            made = compute(network, node, values).isnan()
-        except (AttributeError, RuntimeError, TypeError):  # it wants another number of channels
+            if node.op == "call_method":
+                made = getattr(args[0], node.target)(*args[1:], **kwargs)
+            else:
+                made = (layer_of(network, node) or node.target)(*args, **kwargs)
+            off = made.isnan().view(*codes.shape, -1).any(dim=2)
+        except Exception:                   # it wants another number of channels
             return False
-        if made.shape[:2] != codes.shape or not made.reshape(*codes.shape, -1).any(2).equal(codes):
+        if made.shape[:2] != codes.shape or not off.equal(codes):
             return False
     return True
 
 
-def channels_of(network, graph):
-    """{node: {operand: (C,) the channel of it that channel c of the node is made of, or -1}}, for the nodes
-    that go with fewer channels too: Select, torch.cat, batch-norm, depthwise convolutions, and what holds no
-    weights if it is found to by trying. What else they read has one channel."""
-    found, meta = {}, record(network, graph)
-    for node in graph.nodes:
-        layer, operands, own = layer_of(network, node), operands_of(node), torch.arange(width(node) or 0)
-        if isinstance(layer, Select):
-            found[node] = {operands[0]: layer.index.cpu()}
-        elif node.target is torch.cat and (*node.args[1:], *node.kwargs.values()) == (1,) and (
-                operands == list(node.args[0])):
-            sides = own.split([width(operand) for operand in operands])
-            found[node] = {operand: torch.where(torch.isin(own, side), own - side[0], -1)
-                           for operand, side in zip(operands, sides)}
-        elif isinstance(layer, DomainBatchNorm2d) or (
-                isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels):
-            found[node] = {operands[0]: own}
-        elif node.op.startswith("call") and not (layer and [*layer.parameters()]) and (
-                all(width(n) for n in (node, *operands))):
-            same = [o for o in operands if width(o) == width(node) and follows(meta, node, o)]
-            if same and all(o in same or width(o) == 1 for o in operands):
-                found[node] = dict.fromkeys(same, own)
-    return found
+def sources(network, node):
+    """{operand: (C,) the channel of it that channel c of `node` is made of, or -1}; {} if unknown.
+
+    Known is what works with fewer channels too: torch.cat, Select, norms, and what holds no weights
+    and is found to be channelwise. Operands that are not named have one channel, for all.
+    """
+    layer = layer_of(network, node)
+    operands = node.all_input_nodes
+    own = torch.arange(width(node))
+    if isinstance(layer, Select):
+        return {operands[0]: layer.index.cpu()}
+    if isinstance(layer, PerDomain) and node.target != network.classifier:
+        return {operands[0]: own}
+    if not node.op.startswith("call") or not all(width(one) for one in (node, *operands)):
+        return {}
+    if node.target is torch.cat:
+        at = {}
+        start = 0
+        for operand in operands:
+            inside = (own >= start) & (own < start + width(operand))
+            at[operand] = torch.where(inside, own - start, -1)
+            start += width(operand)
+        dim = [*node.args[1:], *node.kwargs.values()]
+        return at if dim == [1] and operands == list(node.args[0]) else {}
+    if layer is not None and [*layer.parameters(), *layer.buffers()]:
+        return {}
+    same = [one for one in operands if width(one) == width(node) and channelwise(network, node, one)]
+    if any(one not in same and width(one) > 1 for one in operands):
+        return {}
+    return dict.fromkeys(same, own)
 
 
-def reads(network, node, live, read, made):
-    """{operand: mask (C,) of the channels that `node` reads if its own channels `live` are read, or ALL}."""
-    layer, operands = layer_of(network, node), operands_of(node)
-    if node in made and live.dim():
-        return dict.fromkeys(operands, ALL) | {
-            operand: torch.isin(torch.arange(width(operand)), at[live]) for operand, at in made[node].items()}
+def wanted(network, node, made, live, channels_read):
+    """{operand: (K,) int64, the channels of it that `node` reads, in the order in which it does}.
+
+    made: of `sources`; live: (C,) bool, the channels of `node` that anyone reads.
+    """
+    layer = layer_of(network, node)
+    result = {operand: torch.arange(width(operand)) for operand in node.all_input_nodes}
+    for operand, at in made.items():
+        result[operand] = at[live][at[live] >= 0]
     if isinstance(layer, SwitchedConv2d):
-        return {operands[0]: read[node.target]}
-    if isinstance(layer, DomainLinear):
-        return {operands[0]: torch.ones(width(operands[0]), dtype=torch.bool)}
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-        groups = live.expand(layer.out_channels).view(layer.groups, -1).any(1)
-        return {operands[0]: groups.repeat_interleave(layer.in_channels // layer.groups)}
-    return dict.fromkeys(operands, ALL)
+        result[node.all_input_nodes[0]] = channels_read[node.target].nonzero().flatten()
+    elif is_conv(layer) and layer.groups > 1:
+        groups = live.view(layer.groups, -1).any(dim=1)
+        each = layer.in_channels // layer.groups
+        result[node.all_input_nodes[0]] = groups.repeat_interleave(each).nonzero().flatten()
+    return result
 
 
-def liveness(network, graph, read):
-    """({node: mask (C,) of its channels that anyone reads, or ALL if it cannot be cut}, channels_of).
-    read: {switched layer: (C_in,) bool, what it reads}."""
-    live, made = {}, channels_of(network, graph)
+def liveness(network, graph, channels_read):
+    """({node: (C,) bool, its channels that anyone reads}, {node: what it reads, see wanted}, made).
+
+    A node whose channels cannot be followed reads and keeps all of them: less is pruned, nothing is
+    wrong. channels_read: {switched layer: (C_in,) bool}.
+    """
+    made = {node: sources(network, node) for node in graph.nodes}
+    live = {node: torch.zeros(width(node), dtype=torch.bool) for node in graph.nodes}
+    reads = {}
     for node in reversed(graph.nodes):
         layer = layer_of(network, node)
-        if node not in live or not (node in made or isinstance(layer, nn.Conv2d)):
-            live[node] = ALL
-        elif live[node].dim():
-            live[node][0] |= not live[node].any()  # a layer that nobody reads keeps a channel
-            if getattr(layer, "groups", 1) > 1:  # groups go whole, or all keep as many filters
-                groups = live[node].view(layer.groups, -1).int()
-                most = groups.argsort(dim=1, descending=True, stable=True)[:, :groups.sum(1).max()]
-                there = groups.any(1, keepdim=True).expand_as(most)
-                live[node] = groups.bool().scatter(1, most, there).flatten()
-        for operand, mask in reads(network, node, live[node], read, made).items():
-            before = live.get(operand, ~ALL)
-            live[operand] = before | mask if mask.dim() and (before.dim() or not before) else ALL
-    for node in graph.nodes:  # one Select after torch.cat is faster than one for each of its operands
-        if node.target is torch.cat and node in made and live[node].dim():
-            live[node] = torch.cat([live[operand].expand(width(operand)) for operand in made[node]])
-    return live, made
+        if not made[node] and not is_conv(layer):
+            live[node][:] = True
+        if not live[node].any():
+            live[node][:1] = True           # a layer that nobody reads keeps a channel
+        if is_conv(layer) and layer.groups > 1:
+            groups = live[node].view(layer.groups, -1)
+            groups |= groups.any(dim=1, keepdim=True)       # whole groups go
+        reads[node] = wanted(network, node, made[node], live[node], channels_read)
+        for operand, channels in reads[node].items():
+            live[operand][channels] = True
+    for node in graph.nodes:                # one Select after torch.cat, not one for each operand
+        if node.target is torch.cat and made[node]:
+            live[node] = torch.cat([live[operand] for operand in made[node]])
+            reads[node] = wanted(network, node, made[node], live[node], channels_read)
+    return live, reads, made
 
 
+@contextlib.contextmanager
+def alone():
+    """While no network runs in another thread: torch.fx changes nn.Module when it traces."""
+    with LOCK:
+        yield
+
+
+@alone()
 @torch.no_grad()
-def cut(network, domains, read, arrange=lambda graph, live, made: {}):
-    """A copy of `network` for `domains`, in which every layer has the channels left that are read; see
-    liveness. arrange(...): {node: (C,) rank of its channels}, their order in the copy; default, as it is."""
-    old, graph, modules, new = Tracer().trace(network), fx.Graph(), {}, {}
-    live, made = liveness(network, old, read)
-    ranks = arrange(old, live, made)
+def cut(network, domains, channels_read):
+    """(a copy of `network` for `domains` with the channels that are read, {norm: its rows left}).
 
-    def order(node, mask):
-        """Where `mask` (C,) is true, in the order of the channels of the copy of `node`: int64."""
-        at = mask.nonzero().flatten()
-        return at[ranks[node][at].argsort()] if node in ranks else at
-
-    def take(operand, wanted):
-        """The copy of `operand`, and after it a Select, unless it yields just the channels `wanted`."""
-        left = order(operand, live[operand].expand(width(operand)))
-        if torch.equal(wanted, left):
-            return new[operand]
-        place = torch.zeros(width(operand), dtype=torch.long).scatter(0, left, torch.arange(len(left)))
-        name = f"select_{len(modules)}"
-        modules[name] = Select(place[wanted], len(left), network)
-        return graph.call_module(name, (new[operand],))
-
-    for node in old.nodes:
-        layer, taken, wanted = copy.deepcopy(layer_of(network, node)), {}, slice(None)
-        its = order(node, live[node].expand(width(node))) if width(node) else wanted  # what is left of it
-        for operand, mask in reads(network, node, live[node], read, made).items():
-            if mask.dim() or isinstance(layer, Select):
-                wanted = order(operand, mask)
-                if node in made:
-                    wanted = made[node][operand][its]
-                elif getattr(layer, "groups", 1) > 1:
-                    wanted = mask.nonzero().flatten()  # filter by filter as they were
-                if (wanted >= 0).any():
-                    taken[operand] = take(operand, wanted[wanted >= 0])
-        if isinstance(layer, Select):
-            new[node] = taken[node.args[0]]
-        elif node.target is torch.cat and taken:
-            new[node] = graph.call_function(torch.cat, ([*taken.values()], 1))
-        else:
-            if isinstance(layer, nn.Conv2d):
-                cut_conv(layer, wanted, its)
-            elif isinstance(layer, DomainBatchNorm2d):
-                for norm in layer.values():
-                    layer.rows = torch.arange(norm.num_features)[wanted]  # in `network`
-                    for rows in [rows for rows in (*norm.parameters(), *norm.buffers()) if rows.dim()]:
-                        rows.data = rows.data[wanted]
-                        norm.num_features = len(rows)
-            elif isinstance(layer, DomainLinear):
-                for linear in layer.values():
-                    linear.weight = nn.Parameter(linear.weight[:, wanted])
-            if node.op in ("call_module", "get_attr"):
-                modules[node.target] = layer or operator.attrgetter(node.target)(network)
-            new[node] = graph.node_copy(node, (new | taken).get)
-    pruned = GraphNetwork(modules, graph, network, True)
-    for domain in [domain for domain in pruned.classifiers if domain not in domains]:
-        pruned.remove_domain(domain)
-    return pruned
+    channels_read: {switched layer: (C_in,) bool}, of what `network` has now.
+    """
+    small = copy.deepcopy(network).eval()
+    graph = trace(small)
+    live, reads, made = liveness(small, graph, channels_read)
+    device = next(network.parameters()).device
+    rows = {}
+    for node, operands in reads.items():
+        layer = layer_of(small, node)
+        for operand, channels in operands.items():
+            left = live[operand].nonzero().flatten()
+            if not torch.equal(channels, left):             # it reads less than there is
+                select = free_name(small.backbone, "select")
+                index = torch.searchsorted(left, channels).to(device)
+                small.backbone.add_module(select, Select(index))
+                with graph.inserting_before(node):
+                    chosen = graph.call_module(select, (operand,))
+                node.replace_input_with(operand, chosen)
+        if isinstance(layer, Select):                       # of an earlier pruning
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            delattr(small.backbone, node.target)
+        elif is_conv(layer):
+            cut_conv(layer, next(iter(operands.values())), live[node])
+        elif isinstance(layer, PerDomain) and made[node]:
+            rows[node.target] = next(iter(operands.values()))
+            for norm in layer.values():
+                cut_norm(norm, rows[node.target])
+    left = torch.cat([channels_read[name] for name in small.layers])
+    for domain, row in small.switches.items():
+        small.switches[domain] = nn.Parameter(row[left.to(device)], row.requires_grad)
+    for name, kept in small.kept.items():
+        kept[kept.clone()] = channels_read[name]
+    for domain in set(small.classes) - set(domains):
+        small.remove_domain(domain)
+    small.backbone = Pruned(small.backbone, graph)
+    small.pruned = True
+    modes = {name: module.training for name, module in network.named_modules()}
+    for name, module in small.named_modules():
+        module.training = modes.get(name, network.training)
+    return small, rows
 
 
-def cut_conv(conv, channels, filters):
-    """Keep the input channels and the filters at these positions (int64, or a slice), in place."""
-    conv.whole = getattr(conv, "whole", {name: p.numel() for name, p in conv.named_parameters(recurse=False)})
-    if isinstance(conv, SwitchedConv2d):
-        kept, conv.kept = conv.kept.nonzero().flatten(), torch.zeros_like(conv.kept)
-        conv.kept[kept[channels]] = True
-        for domain, switches in conv.switches.items():
-            conv.switches[domain] = nn.Parameter(switches[channels])
-    weight = conv.weight[filters][:, channels if conv.groups == 1 else slice(None)].contiguous()
-    conv.in_channels = len(torch.arange(conv.in_channels)[channels])
-    conv.groups, conv.out_channels = conv.in_channels // weight.shape[1], len(weight)
-    conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+def cut_conv(conv, channels, live):
+    """Keep the input channels (K,) and the filters that are live (C_out,), in place."""
+    weight = conv.weight[live.to(conv.weight.device)]
+    if conv.groups == 1:
+        weight = weight[:, channels.to(weight.device)]
+    conv.in_channels = len(channels)
+    conv.out_channels = len(weight)
+    conv.groups = len(channels) // weight.shape[1]
+    conv.weight = nn.Parameter(weight.contiguous(), conv.weight.requires_grad)
     if conv.bias is not None:
-        conv.bias = nn.Parameter(conv.bias[filters], requires_grad=conv.bias.requires_grad)
+        conv.bias = nn.Parameter(conv.bias[live.to(weight.device)], conv.bias.requires_grad)
 
 
+def cut_norm(norm, rows):
+    """Keep these rows (K,) of all that a norm has for each channel, in place."""
+    norm.num_features = len(rows)
+    for tensor in (*norm.parameters(), *norm.buffers()):
+        if tensor.dim():                    # the number of batches has none
+            tensor.data = tensor.data[rows.to(tensor.device)]
+
+
+@alone()
 def prune(network, domains=None, keep_source=False):
-    """A smaller copy of `network` for `domains` (default: all adapted ones), with the same logits for each.
-    A channel stays if any of `domains` reads it, then or later: gone are the input channels that no switch
-    lets through and the filters that nobody reads, with their batch-norm and part of the residual stream.
-    Where a layer reads less than the one before it yields, a Select gathers it. Works for all that torch.fx
-    can trace, pruned networks too. The source is served no more, unless keep_source: all of it stays then."""
+    """A smaller copy of `network` for `domains` (default: all adapted), with the same logits.
+
+    Gone are the input channels that none of `domains` reads and the filters that nobody reads then,
+    with their batch-norm and part of the residual stream. Where a layer reads less than there is, a
+    Select gathers it. The forward is that of evaluation. The source is served no more, unless
+    keep_source: all of it stays then. InputError if torch.fx cannot follow the forward, and, by the
+    domain's name, if logits for random images differ.
+    """
     domains = served(network, domains)
     if not set(domains) - {network.source}:
         raise InputError("nothing to prune: the network has no adapted domain, only a backbone")
-    domains = served(network, [network.source]) + domains if keep_source else domains
-    layers, on = switched_layers(network), masks(network, domains)
-    for name in layers:
-        if not on[name].any(1).all():
+    if keep_source:
+        domains = served(network, [network.source, *domains])
+    small, _ = cut(network, domains, channels_of(network, domains))
+    before = copy.deepcopy(network).eval()
+    after = copy.deepcopy(small).eval()
+    size = 2, network.channels, network.image_size, network.image_size
+    images = torch.randn(size, generator=torch.Generator("cpu")).to(next(network.parameters()))
+    for domain in domains:
+        logits = before(images, domain).detach()
+        near = 3 * torch.finfo(logits.dtype).eps ** 0.5
+        most = near * logits.abs().max().item()
+        if not torch.allclose(after(images, domain), logits, near, most, equal_nan=True):
+            raise InputError(f"{network.name}: {domain} has other logits when it is pruned")
+    return small
+
+
+def channels_of(network, domains):
+    """{layer: (C_in,) bool}: which of the channels that are left any of `domains` reads."""
+    result = {}
+    for name, mask in masks(network, domains).items():
+        if not mask.any(dim=1).all():
             raise InputError(f"a domain has no channel on in {name}: every layer needs one")
-    return cut(network, domains, {name: on[name].any(0)[layer.kept] for name, layer in layers.items()})
+        result[name] = mask.any(dim=0)[network.kept[name]]
+    return result
 
 
 def without_unused(network, domains):
-    """A function (x, domain) -> logits with which to train `network` once the switches of `domains` settled:
-    its logits, gradients and running statistics, computed without the channels that none of them reads."""
-    small, whole = prune(network, domains).train(), network.state_dict(keep_vars=True)
-    rows = {f"{name}.{key}": getattr(layer, "rows", torch.arange(len(value))).to(value.device)
-            for name, layer in small.named_modules() if isinstance(layer, DomainModules)
-            for key, value in layer.state_dict().items() if value.dim()}
+    """A function (x, domain) -> logits with which to train `network` once its switches stay.
+
+    Logits, gradients and running statistics are those of `network`, without computing the channels
+    that none of `domains` reads. Where torch.fx cannot follow the forward it is `network` itself.
+    """
+    try:
+        small, rows = cut(network, domains, channels_of(network, domains))
+    except InputError:
+        return network
+    small.train().requires_grad_(False)
+    owned = {domain: [] for domain in domains}      # (name in small, tensor, the rows of it left)
+    for name in small.owned:
+        for domain in domains:
+            prefix = f"backbone.{name}.{domain}."
+            for key, value in network.layer(name)[domain].state_dict(keep_vars=True).items():
+                at = rows[name].to(value.device) if value.dim() and name in rows else ...
+                owned[domain].append((prefix + key, value, at))
 
     def forward(x, domain):
-        own = {name: whole[name][row] for name, row in rows.items() if f".{domain}." in name}
+        own = {key: value[at] for key, value, at in owned[domain]}
         logits = torch.func.functional_call(small, own, (x, domain))
-        for name, value in own.items():
-            if not isinstance(whole[name], nn.Parameter):  # a running statistic
-                whole[name][rows[name]] = value
+        for key, value, at in owned[domain]:
+            if not isinstance(value, nn.Parameter):         # a running statistic
+                value[at] = own[key]
         return logits
 
     return forward
 
 
-# -------- 7  Files ------------------------------------------------------------------------------------------
+# -------- 6  Files ----------------------------------------------------------------------------------
 
-FORMAT = "ba2ps-3"  # the first entry of every checkpoint
-
-
-def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+FORMAT = "ba2ps-4"      # of every checkpoint
 
 
 @contextlib.contextmanager
@@ -1002,129 +1118,94 @@ def reading(path):
 
 @contextlib.contextmanager
 def writing(path):
-    """Gives the name of a file beside `path`, which is moved there at the end: all of it or nothing."""
-    part = f"{path}.{os.getpid()}.part"  # two processes may be at it
+    """Gives the name of a file beside `path`, which is moved there at the end: all or nothing."""
+    part = f"{path}.{os.getpid()}.part"     # two processes may be at it
     try:
         yield part
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+    except (OSError, RuntimeError) as error:        # of torch's writer, on a full disk
         raise InputError(f"cannot write {path}: {one_line(error)}") from None
     finally:
         if os.path.isfile(part):
             os.remove(part)
 
 
-def save(path, network, **facts):
-    """Write `network` and `facts` (numbers, strings, lists, dicts, tensors) to `path`, all of it or nothing.
-    Of a pruned network: what is left in one tensor, and for switches the masks, from which load builds it."""
-    state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
-    if network.pruned:
-        state = {"all": torch.cat([value.flatten() for name, value in state.items()
-                                   if value.is_floating_point() and ".switches." not in name])}
-        facts["kept"] = {name: layer.kept for name, layer in switched_layers(network).items()}
-        facts["masks"] = masks(network)
-    facts |= {"format": FORMAT, "name": network.name, "options": network.options, "image": network.image,
-              "state": state, "source": network.source,
-              "num_classes": {domain: linear.out_features for domain, linear in network.classifiers.items()}}
+def plain(fact):
+    """`fact` as load can read it: numpy's numbers and arrays become Python's, paths strings."""
+    if isinstance(fact, dict):
+        return {key: plain(value) for key, value in fact.items()}
+    if isinstance(fact, (list, tuple)):
+        return type(fact)(map(plain, fact))
+    if isinstance(fact, os.PathLike):
+        return os.fspath(fact)
+    if hasattr(fact, "tolist") and not isinstance(fact, torch.Tensor):
+        return fact.tolist()
+    return fact
+
+
+def save(path, network, /, **facts):
+    """Write `network` and `facts` (numbers, strings, lists, dicts, tensors) to `path`: all or nothing.
+
+    The file is a dictionary: "state", a state_dict by name, "kept", {layer: (C,) bool, the channels
+    that pruning left}, "facts", and what load builds the network from. It is read back before it is
+    moved to `path`; InputError if that fails.
+    """
+    state = network.state_dict()                    # with the versions of modules that it holds
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):         # not what a module adds by get_extra_state
+            state[name] = value.detach().cpu()
+    content = {"format": FORMAT, "name": network.name, "options": network.options,
+               "image_size": network.image_size, "source": network.source,
+               "classes": network.classes, "pruned": network.pruned, "kept": network.kept,
+               "state": state, "facts": plain(facts)}
     with writing(path) as part:
-        torch.save(facts, part)
+        try:
+            torch.save(content, part)
+            torch.load(part, weights_only=True)
+        except (AttributeError, TypeError, pickle.PickleError) as error:
+            raise InputError(f"{path}: facts that load cannot read: {one_line(error)}") from None
 
 
-def build(name, options, source="any", num_classes=1):
-    """The backbone that name and options of a network tell: a WideResNet, or a plain one of torchvision."""
+def build(name, options=None, num_classes=1):
+    """A backbone by its name: WRN-DEPTH-WIDTH, or torchvision's, with options of get_model."""
     if name.startswith("WRN-"):
-        depth, width = map(int, name.split("-")[1:])
-        return WideResNet(depth, width, source, num_classes)
+        _, depth, width = name.split("-")
+        return WideResNet(int(depth), int(width), num_classes)
     if options is None:
-        raise InputError(f"holds a {name} of one's own: give load one, load(path, backbone={name}(...))")
+        raise InputError(f"holds a {name} of one's own: load(path, backbone={name}(...))")
     from torchvision.models import get_model
     return get_model(name, weights=None, **options)
 
 
 def load(path, backbone=None):
     """(network, facts) of a checkpoint that save wrote, on the CPU; InputError for anything else.
-    backbone: the plain network that add_switches was given, of any weights; not needed for a WideResNet and
-    for those of torchvision that train.py makes. No code in the file is run (weights_only=True), and its
-    checksums are compared."""
+
+    backbone: the plain network that MultiDomain was given, of any weights; not needed for WideResNet
+    and for those of torchvision that train.py makes. No code in the file is run, its checksums are
+    compared. A pruned network is an empty one, pruned to the same channels and filled.
+    """
     with reading(path):
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"the checksum of {damaged} is wrong")
-        facts = torch.load(path, map_location="cpu", weights_only=True)
-        if facts.pop("format", None) != FORMAT:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content.get("format") != FORMAT:
             raise ValueError("no checkpoint of this version: give one of train.py or prune.py")
-        name, options, image, classes, source, state = (
-            facts.pop(key) for key in ("name", "options", "image", "num_classes", "source", "state"))
-        kept, on = facts.pop("kept", None), facts.pop("masks", None)
-        domains = [domain for domain in classes if domain != source]
-        network = copy.deepcopy(backbone) or build(name, options, source, classes.get(source, 1))
-        network.to("meta")
-        if not isinstance(network, WideResNet):
-            network = add_switches(network, {}, source, image[1], name, options)
-        for domain in domains:
-            network.add_domain(domain, classes[domain])
-        if kept:
-            for layer_name, layer in switched_layers(network).items():
-                for domain, row in zip(domains, on[layer_name], strict=True):
-                    layer.switches[domain] = nn.Parameter(1e-3 * (2.0 * row.view_as(layer.kept) - 1))
-            network = cut(network, list(classes), kept)
-            left = network.state_dict()
-            floats = {name: value for name, value in left.items()
-                      if value.is_meta and value.is_floating_point()}
-            parts = state["all"].split([value.numel() for value in floats.values()])
-            state = {name: torch.zeros_like(value, device="cpu") if value.is_meta else value
-                     for name, value in left.items()}
-            state |= {name: part.view_as(value).clone() for part, (name, value) in zip(parts, floats.items())}
+        name, source, classes = content["name"], content["source"], content["classes"]
+        backbone = backbone or build(name, content["options"], classes.get(source, 1))
+        network = MultiDomain(backbone, {}, source, content["image_size"])
+        network.name = name
+        network.options = content["options"]
+        for domain, number in classes.items():
+            if domain != source:
+                network.add_domain(domain, number)
+        if content["pruned"]:
+            network, _ = cut(network, list(classes), content["kept"])
         elif source not in classes:
             network.remove_domain(source)
-        wanted = network.state_dict()
-        for name in state.keys() & wanted.keys():
-            state[name] = state[name].to(wanted[name].dtype)
-            if not state[name].isfinite().all():
-                raise ValueError(f"{name} holds numbers that are not finite")
-        network.load_state_dict(state, assign=True)
-    return network, facts
-
-
-# -------- 8  The same in 2/3 of the memory: norm, ReLU and convolution as one; all works without it ---------
-
-class NormReluConvolution(torch.autograd.Function):
-    """conv(relu(norm(x))), batch-norm with the statistics of the batch.
-    A switch multiplies y = relu(gamma x^ + beta). With d = dL/dy of all channels on, 0 where y is, its
-    gradient is sum(y d) = gamma sum(x^ d) + beta sum(d), and these sums are those of batch-norm's backward
-    pass. That y is not kept, only where it is above 0: a byte instead of four."""
-
-    @staticmethod
-    def forward(ctx, x, gamma, beta, switches, norm, weight, *geometry):
-        y, *saved = torch.native_batch_norm(
-            x, gamma, beta, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps)
-        norm.num_batches_tracked.add_(1)
-        on = (switches > 0).to(weight.dtype)
-        ctx.save_for_backward(x, y.relu_().bool(), gamma, beta, on, weight, *saved)
-        ctx.rest = norm.eps, geometry
-        return F.conv2d(y, weight * on.view(1, -1, 1, 1), None, *geometry)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, positive, gamma, beta, on, weight, *saved = ctx.saved_tensors
-        eps, geometry = ctx.rest
-        d = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, *geometry, False, [0, 0], 1, [True, False, False])[0]
-        x_grad, gamma_grad, beta_grad = torch.ops.aten.native_batch_norm_backward(
-            d.mul_(positive), x, gamma * on, None, None, *saved, True, eps, [True, True, True])
-        switches_grad = torch.addcmul(gamma * gamma_grad, beta, beta_grad)  # straight through: all are on
-        return x_grad, gamma_grad.mul_(on), beta_grad.mul_(on), switches_grad, None, None, None, None, None
-
-
-def fused_norm_relu_conv(norm, conv, x, domain, plain=norm_relu_conv):
-    """norm_relu_conv as one function where what `domain` owns is trained in full precision, else as three."""
-    if not (isinstance(x, torch.Tensor) and torch.is_grad_enabled() and domain in conv.switches
-            and norm[domain].training and type(norm[domain]) is nn.BatchNorm2d
-            and not conv.weight.requires_grad and not torch.is_autocast_enabled(x.device.type)):
-        return plain(norm, conv, x, domain)
-    return NormReluConvolution.apply(x, norm[domain].weight, norm[domain].bias, conv.switches[domain],
-                                     norm[domain], conv.weight, conv.stride, conv.padding, conv.dilation)
-
-
-norm_relu_conv = fused_norm_relu_conv
+        network.load_state_dict(content["state"], assign=True)
+        for key, parameter in network.named_parameters():
+            if not parameter.isfinite().all():
+                raise ValueError(f"{key} holds numbers that are not finite")
+        return network, content["facts"]

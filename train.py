@@ -1,167 +1,260 @@
 # SPDX-License-Identifier: MIT
-"""Train a backbone on the source domain, freeze it, and adapt it to every other domain under a budget.
+"""Train a backbone on the source, freeze it, and adapt it to every other domain under a budget.
 
-  python train.py                                   # a drawn toy decathlon, small settings: a first look
-  python train.py --data DIR --backbone backbone.pt --budget 0.25                    # the paper, section 4.1
-  python train.py --data DIR --backbone backbone.pt --budget 0.25 --recipe settled   # never over budget
-  python train.py --data DIR --backbone backbone.pt --budget 0.25 --sharing 0 --independent          # BA2
-  python train.py --data DIR --network resnet18 --budget 0.25 --recipe settled         # one of torchvision's
-  python train.py --data DIR --start-from model.pt --domains NEW --budget 0.25      # one that comes later
+  python train.py                                           # a drawn toy decathlon: a first look
+  python train.py --data DIR --backbone backbone.pt --budget 0.25       # the paper, section 4.1
+  python train.py --data DIR --backbone backbone.pt --recipe settled    # no domain over budget
+  python train.py --data DIR --backbone backbone.pt --sharing 0 --independent         # BA2
+  python train.py --data DIR --network resnet18 --recipe settled        # one of torchvision's
+  python train.py --data DIR --start-from model.pt --domains NEW        # one comes later
 
-Leaves backbone.pt, model.pt and log.csv in --out, and until it is finished state.pt, written at the end of
-every epoch: the same command with --resume goes on from there, to the same weights. With `torchrun
---nproc_per_node=N train.py ...` N processes share each batch. `adapt` is the method, and every experiment.
+Leaves backbone.pt, model.pt and log.csv in --out, and until it is finished state.pt, from which the
+same command with --resume goes on, to the same weights. With `torchrun --nproc_per_node=N train.py`
+N processes share each batch. `adapt` is the method.
 """
 import argparse
+import contextlib
 import copy
 import csv
 import datetime
+import hashlib
+import itertools
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 
 import ba2ps
 from ba2ps import InputError
-from evaluate import (MEAN_STD, Images, accuracy, at_least, check_device, domains_of, load_model, predict,
-                      progress_line, stop, write_json)
+from evaluate import (MEAN_STD, Images, accuracy, at_least, check_device, domains_of, load_model,
+                      predict, progress_line, stop, write_json)
 
 
-# -------- the method: domains in round robin; cross-entropy + budget + sharing ------------------------------
+# -------- 1  The method: domains in round robin; cross-entropy + budget + sharing ---------------
 
 def adapt(network, domains, train, val, args, run):
-    """Train what `domains` own, all else frozen. train, val: {domain: Images}, val {} for no accuracy."""
+    """Train what `domains` own, all else frozen. train, val: {domain: Images}, val {}: no accuracy.
+
+    A run has up to three parts, each of whole epochs. Warm-up: every channel is on, and the mean
+    square of the gradient of a switch is measured. Search: the paper's losses move the switches.
+    Settled: switches stay, batch-norm and classifiers train on. Recipe paper is search alone.
+    """
     network.freeze_backbone()
-    if args.adapt == "all":
-        network.requires_grad_(True)
-    switches = ba2ps.Switches(
-        network, domains, args.budget, args.budget_of, args.image_size, args.sharing, args.sharing_loss,
-        args.share_to, args.multiplier_lr, args.settle, args.rank)
     weights = network.owned_parameters(domains)
     if args.adapt == "all":
-        weights = [p for p in network.parameters() if p.requires_grad]  # the switches are held by now
+        network.requires_grad_(True)
+        weights = [p for name, p in network.named_parameters() if not name.startswith("switches.")]
     sgd = torch.optim.SGD(weights, lr=args.lr, momentum=0.9)
-    adam = torch.optim.Adam(switches.parameters(), lr=args.switch_lr, fused=True)
-    order = torch.Generator().manual_seed(args.seed)  # of domains, images, crops and mirroring
+    rows = [network.switches[domain] for domain in domains]
+    adam = torch.optim.Adam(rows, lr=args.switch_lr, fused=True)
+    cost, fixed = ba2ps.costs(network, args.budget_of)                      # (M,), float64
+    cost_here = cost.to(rows[0])
+    whole = sum(len(kept) for kept in network.kept.values())
+    beta = args.budget * whole / len(cost)      # of Eq. 5, where M is that of the backbone
+    multiplier = dict.fromkeys(domains, 0.0)                                # lambda_d
+    importance = {domain: torch.full_like(cost, 1e-30) for domain in domains}
+    order = torch.Generator().manual_seed(args.seed)    # of domains, images, crops and mirroring
     sizes = {domain: len(train[domain]) for domain in domains}
-    progress, forward = progress_line(args.epochs * sum(sizes.values()), "adapt"), network
+    warmup, settle = turns(args)
+    everyone = args.sharing > 0 and args.share_to == "all"
+    rank, number = processes()
+    progress = progress_line(args.epochs * sum(sizes.values()), "adapt")
+    forward = network
+    skipped = 0
 
-    for epoch in run.epochs(f"adapt {domains}", args.epochs, network, switches, sgd, adam, order):
+    parts = network, sgd, adam, order, multiplier, importance
+    for epoch in run.epochs(f"adapt {domains}", args.epochs, *parts):
+        warming = epoch <= warmup
+        settled = epoch > settle
+        searching = not warming and not settled
+        if settled and forward is network and args.adapt == "switches":
+            forward = ba2ps.without_unused(network, domains)
         network.train()
-        for optimizer, rate in ((sgd, args.lr), (adam, args.switch_lr)):
-            optimizer.param_groups[0]["lr"] = rate if epoch <= args.milestone else 0.1 * rate
-        losses = dict.fromkeys(domains, 0.0)
-        plan = schedule(args.schedule, sizes, args.batch_size, order)
-        for step, batch in enumerate(plan):  # {domain: indices of its images}; several domains if mixed
-            switches.begin(batch, (epoch - 1 + step / len(plan)) / args.epochs)
-            if switches.settled and forward is network and args.adapt == "switches":
-                forward = ba2ps.without_unused(network, domains)
-            loss, size = switches.loss(batch), sum(map(len, batch.values()))
+        decay = 0.1 if epoch > round(args.decay_at * args.epochs) else 1.0
+        sgd.param_groups[0]["lr"] = decay * args.lr
+        adam.param_groups[0]["lr"] = decay * args.switch_lr
+        losses = dict.fromkeys(domains, 0.0)        # means over the epoch, of cross-entropy
+        excesses = []                               # of each step, L_PS / lambda_PS
+
+        for batch in schedule(args.schedule, sizes, args.batch_size, order):
+            # batch: {domain: indices of its images}; several domains if mixed
+            loss = 0.0
+            size = sum(len(indices) for indices in batch.values())
             for domain, indices in batch.items():
                 task = cross_entropy(forward, domain, train[domain], indices, order, args)
                 losses[domain] += task.item() / sizes[domain]
-                loss = loss + task / size
+                loss = loss + task / size                                   # L
+            if searching:
+                # without a sharing loss other domains get no gradient: Adam would move them on
+                s = ba2ps.binarized(network, domains if everyone else batch)            # (N, M)
+                usage = dict(zip(network.domains, s @ cost_here + fixed))
+                for domain in batch:                                        # L_B, Eq. 4
+                    over = ba2ps.budget_loss(usage[domain], args.budget, multiplier[domain])
+                    loss = loss + over / number
+                if args.sharing > 0:                                        # L_PS, Eq. 5
+                    excess = ba2ps.sharing_loss(s, beta, args.sharing_loss)
+                    loss = loss + args.sharing * excess / number
+                    excesses.append(excess.item())
             sgd.zero_grad()
+            adam.zero_grad()
             loss.backward()
             sum_gradients(network)
-            sgd.step()                                # batch-norm, classifiers
-            switches.step(adam, batch)                # switches, then the prices lambda_d
-            progress(size)
+            if rank == 0:
+                progress(size)
+            if not settled and not finite([network.switches[domain].grad for domain in batch]):
+                if skipped == 0:
+                    print("a gradient is missing or not finite: such steps move nothing")
+                skipped += 1
+                continue
+            sgd.step()                              # batch-norm, classifiers
+            if warming:
+                for domain in batch:
+                    squares = network.switches[domain].grad.to(cost).square()
+                    importance[domain] = 0.999 * importance[domain] + squares
+            if searching:
+                adam.step()                         # switches
+                ba2ps.keep_a_channel(network, domains if everyone else list(batch))
+                for domain in batch:
+                    multiplier[domain] = ba2ps.next_multiplier(
+                        multiplier[domain], usage[domain], args.budget, args.multiplier_lr)
         average_statistics(network, domains)
-        report(network, domains, val, args, run, epoch, losses, switches)
+        report(network, domains, val, args, run, epoch, losses, multiplier, excesses)
+        if epoch == warmup:
+            start(network, domains, importance, cost, args.budget - fixed, args)
+        if epoch == settle:
+            for domain in domains:
+                ba2ps.hold_budget(network, domain, cost, args.budget - fixed)
 
-    for domain in domains if not args.bn_as_trained else ():
+    for domain in domains if args.reestimate_bn else ():
         parts = torch.randperm(sizes[domain], generator=order).split(128)
-        ba2ps.reestimate_batch_norm(
-            network, domain, (train[domain].batch(part, order, args.device) for part in parts))
+        batches = (train[domain].batch(part, order, args.device) for part in parts)
+        ba2ps.reestimate_batch_norm(network, domain, batches)
+
+
+def turns(args):
+    """(the last epoch of the warm-up, the last one before the switches settle), both whole."""
+    if args.adapt != "switches":
+        return 0, 0                         # settled all along
+    warmup = 0
+    settle = args.epochs + 1                # never
+    if args.warmup:
+        warmup = max(1, round(args.warmup * args.epochs))
+    if args.settle:
+        settle = max(1, round(args.settle * args.epochs))
+    return warmup, settle
+
+
+def start(network, domains, importance, cost, room, args):
+    """Give the switches of `domains` values by their importance, its sum over domains if shared."""
+    shares = {}
+    for domain in network.domains:      # those that are not trained have the channels that they read
+        value = importance.get(domain, ba2ps.read(network, domain).double())
+        shares[domain] = value / value.sum()
+    for domain in domains:
+        value = shares[domain]
+        if args.start == "shared" and not args.independent:
+            value = sum(shares.values())
+        ba2ps.start_switches(network, domain, value, cost, room, args.spread)
+
+
+def finite(gradients):
+    return all(grad is not None and bool(grad.isfinite().all()) for grad in gradients)
 
 
 def cross_entropy(network, domain, images, indices, order, args):
-    """Its sum over the rows of a batch that this process takes; 0 without any."""
+    """Its sum over the rows of a batch that this process takes."""
     rank, number = processes()
-    own = slice(len(indices) * rank // number, len(indices) * (rank + 1) // number)
-    x, y = images.batch(indices, order, args.device, own)  # (B, 3, S, S), (B,)
-    if not len(x) and not x.is_cuda:  # on a GPU the batch-norm of the others waits for this process
-        return torch.zeros((), requires_grad=True)
+    first = len(indices) * rank // number
+    last = len(indices) * (rank + 1) // number
+    # without a row it takes one, at weight 0: all processes have the same gradients to add up
+    rows = slice(first, max(last, first + 1))
+    x, y = images.batch(indices, order, args.device, rows)      # (B, C, S, S), (B,)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         logits = network(x, domain)
     loss = F.cross_entropy(logits.float(), y, reduction="sum")
     if not loss.isfinite():
-        raise InputError(f"the loss of {domain} is {loss.item()}: lower --lr or --switch-lr, see its images")
-    return loss
+        raise InputError(f"the loss of {domain} is {loss.item()}: lower --lr or --switch-lr")
+    return loss if last > first else 0 * loss
 
 
 def schedule(name, sizes, batch_size, order):
-    """The steps of one epoch, in which every image is seen once: a list of {domain: indices of its images}.
-    epoch: an epoch of each domain, in random order; batch: a batch of one domain after another's, spread out;
-    mixed: batches drawn from all domains together (supplement A). sizes: {domain: number of images}."""
+    """The steps of one epoch, in which every image is seen once: [{domain: indices}, ...].
+
+    epoch: an epoch of each domain, in random order; batch: a batch of one domain after another's,
+    spread out; mixed: batches drawn from all domains (supplement A). sizes: {domain: images}.
+    """
     images = {domain: torch.randperm(size, generator=order) for domain, size in sizes.items()}
+    steps = []
     if name == "mixed":
         everything = [(domain, i) for domain in sizes for i in range(sizes[domain])]
-        steps = []
-        for batch in torch.randperm(len(everything), generator=order).split(batch_size):
+        for part in torch.randperm(len(everything), generator=order).split(batch_size):
             steps.append({})
-            for domain, i in sorted(everything[j] for j in batch):
+            for domain, i in sorted(everything[j] for j in part):
                 steps[-1].setdefault(domain, []).append(i)
         return steps
-    batches = {domain: [{domain: part.tolist()} for part in order.split(batch_size)]
-               for domain, order in images.items()}
+    domains = list(sizes)
     if name == "epoch":
-        turns = [list(sizes)[i] for i in torch.randperm(len(sizes), generator=order)]
-        return [batch for domain in turns for batch in batches[domain]]
-    when = [((i + 0.5) / len(batches[domain]), k, batch) for k, domain in enumerate(sizes)
-            for i, batch in enumerate(batches[domain])]
-    return [batch for _, _, batch in sorted(when, key=lambda entry: entry[:2])]
+        domains = [domains[i] for i in torch.randperm(len(sizes), generator=order)]
+    for place, domain in enumerate(domains):
+        parts = images[domain].split(batch_size)
+        for i, part in enumerate(parts):
+            when = (i + 0.5) / len(parts) if name == "batch" else 0.0
+            steps.append((when, place, {domain: part.tolist()}))
+    steps.sort(key=lambda step: step[:2])
+    return [step for _, _, step in steps]
 
 
-def report(network, domains, val, args, run, epoch, losses, switches):
-    """One line on the screen and a row per domain in the log; accuracies are those of the centre crop."""
+def report(network, domains, val, args, run, epoch, losses, multiplier, excesses):
+    """A row per domain in the log. Usage, intersection and sparsity are shares in one measure."""
     total = torch.tensor(list(losses.values()), device=args.device)
     if processes()[1] > 1:
         dist.all_reduce(total)
-    if processes()[0]:
-        return
-    usage = ba2ps.usage(network, args.budget_of, args.image_size, domains)
-    shared = torch.cat([on.all(0) for on in ba2ps.masks(network, domains).values()]).double().mean().item()
-    sparsity, cells = ba2ps.sparsity(network, domains)[1], []
-    for domain, loss in zip(domains, total.tolist()):
-        correct = validate(network, domain, val, args)
-        cells.append(f"{domain} {loss:.2f} {percent(correct)} on {usage[domain]:.2f}")
-        price = switches.prices[domain]
-        run.log("adapt", epoch, domain, loss, correct, usage[domain], shared, sparsity, price)
-    print(f"epoch {epoch} | {' | '.join(cells)} | intersection {shared:.2f} | sparsity all {sparsity:.2f} | "
-          f"multiplier up to {max(switches.prices.values()):.2f}", flush=True)
-
-
-def percent(value):
-    return "-" if value is None else f"{value:.1f}%"
+    cost, fixed = ba2ps.costs(network, args.budget_of)
+    on = torch.stack([ba2ps.read(network, domain) for domain in domains]).double()      # (N, M)
+    for domain, loss, row in zip(domains, total.tolist(), on):
+        run.log(phase="adapt", epoch=epoch, domain=domain, loss=loss,
+                val_accuracy=validate(network, domain, val, args),
+                measure=args.budget_of,
+                usage=fixed + float(row @ cost),
+                intersection=fixed + float(on.amin(dim=0) @ cost),
+                sparsity_all=1 - fixed - float(on.amax(dim=0) @ cost),
+                multiplier=multiplier[domain],
+                sharing_loss=sum(excesses) / len(excesses) if excesses else None)
 
 
 def validate(network, domain, val, args):
     """Accuracy (%) of the centre crop on val, None where val is trained on."""
-    if domain in val:
-        return accuracy(predict(network, domain, val[domain], 1, 128, args.device), val[domain])
+    if domain not in val or processes()[0]:
+        return None
+    return accuracy(predict(network, domain, val[domain], 1, 128, args.device), val[domain])
 
 
-# -------- the backbone, and the reference: a network of its own for every domain ----------------------------
+# -------- 2  The backbone, and the reference: a network of its own for every domain -------------
+
+BACKBONE_BATCH = 64
+
 
 def train_backbone(network, train, val, args, run):
-    """Train all weights on the source: SGD with Nesterov momentum, weight decay, one-cycle rate up to 0.1."""
-    source, images, number = network.source, train[network.source], args.backbone_epochs
-    sgd = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    steps = max(1, number * math.ceil(len(images) / 64))
+    """Train all weights on the source: SGD with Nesterov momentum, weight decay, one-cycle rate."""
+    source = network.source
+    images = train[source]
+    epochs = args.backbone_epochs
+    sgd = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
+    steps = max(1, epochs * math.ceil(len(images) / BACKBONE_BATCH))
     rate = torch.optim.lr_scheduler.OneCycleLR(sgd, max_lr=0.1, total_steps=steps)
     order = torch.Generator().manual_seed(args.seed)
-    progress = progress_line(number * len(images), "backbone")
-    for epoch in run.epochs("backbone", number, network, sgd, rate, order):
+    progress = progress_line(epochs * len(images), "backbone")
+    for epoch in run.epochs("backbone", epochs, network, sgd, rate, order):
         network.train()
         total = 0.0
-        for indices in torch.randperm(len(images), generator=order).split(64):
+        for indices in torch.randperm(len(images), generator=order).split(BACKBONE_BATCH):
             loss = cross_entropy(network, source, images, indices, order, args) / len(indices)
             total += loss.item() * len(indices) / len(images)
             sgd.zero_grad()
@@ -171,342 +264,536 @@ def train_backbone(network, train, val, args, run):
             rate.step()
             progress(len(indices))
         average_statistics(network, [source])
-        if processes()[0] == 0:
-            correct = validate(network, source, val, args)
-            print(f"backbone epoch {epoch} | {source} {total:.3f} {percent(correct)}", flush=True)
-            run.log("backbone", epoch, source, total, correct)
+        run.log(phase="backbone", epoch=epoch, domain=source, loss=total,
+                val_accuracy=validate(network, source, val, args))
 
 
 def fine_tune(network, domains, train, val, args, run, facts):
-    """Train all weights of a network of its own for every domain: {domain}.pt, and baseline.json for S."""
+    """Train all weights of a network for each domain: DOMAIN.pt, and baseline.json for S."""
     baseline = {}
     for domain in domains:
-        alone, path, record = copy.deepcopy(network), run.out / f"{domain}.pt", train[domain].record
+        alone = copy.deepcopy(network)
+        path = run.out / f"{domain}.pt"
+        record = train[domain].record
         if f"adapt {[domain]}" in run.finished:
             alone = load_model(path)[0].to(args.device)
         else:
             torch.manual_seed(args.seed)
             alone.add_domain(domain, len(record["classes"]))
             adapt(alone, [domain], train, val, args, run)
-            alone.remove_domain(args.source)  # its weights are no longer the backbone's
-            run.save_model(path, alone, **{**facts, "domains": {domain: record}})
-        baseline[domain] = accuracy(predict(alone, domain, val[domain], None, 32, args.device), val[domain])
-        print(f"saved {path}: {baseline[domain]:.2f}% on val")
+            alone.remove_domain(args.source)    # its weights are no longer the backbone's
+            run.save_model(path.name, alone, domains={domain: record}, **facts)
+        probabilities = predict(alone, domain, val[domain], None, 32, args.device)
+        baseline[domain] = accuracy(probabilities, val[domain])
+        print(f"{domain}: {baseline[domain]:.2f}% on val")
     if processes()[0] == 0:
         write_json(run.out / "baseline.json", baseline)
     print(f"next: python evaluate.py MODEL --baseline {run.out / 'baseline.json'}")
 
 
-# -------- several processes: each has the whole network, takes its rows of every batch, and steps alike -----
+# -------- 3  Several processes: each has the network, takes its rows of a batch, and steps alike --
 
 def processes():
-    """(the number of this process, how many there are); the first is 0, and writes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_gradients(network):
-    """Add up the gradients of the processes; those of the switches' losses are in rows, alike in each."""
-    if processes()[1] > 1:
-        parameters = list(network.parameters())
-        there = parameters[0].new_tensor([float(p.grad is not None) for p in parameters])
-        dist.all_reduce(there)  # a process without an image of a domain has no gradient of what it owns
-        for p in [p for p, number in zip(parameters, there.tolist()) if number]:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
-
-
-def average_statistics(network, domains):
-    """Give all processes the mean of their running statistics; on GPUs nn.SyncBatchNorm has made them one."""
-    norms = [module[domain] for module in network.modules() if isinstance(module, ba2ps.DomainBatchNorm2d)
-             for domain in domains if processes()[1] > 1]
-    for buffer in [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]:
-        dist.all_reduce(buffer)
-        buffer /= processes()[1]
+    """(number of this process, how many there are), from torchrun. The first, 0, alone writes."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join_processes(args):
-    """Become one of torchrun's processes, if it started this one: NCCL and a GPU each, or gloo on the CPU."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        cuda = torch.device(args.device).type == "cuda"
-        if cuda:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        patience = datetime.timedelta(hours=12)  # the others wait while the first one decodes
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
-        if processes()[0]:
-            sys.stdout = open(os.devnull, "w")  # the first one speaks for all
+    """NCCL and a GPU for each process, or gloo."""
+    cuda = args.device.startswith("cuda")
+    if cuda:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    patience = datetime.timedelta(hours=12)     # the others wait while the first one decodes
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
 
 
-# -------- what a run leaves on the disk ---------------------------------------------------------------------
+@contextlib.contextmanager
+def first_alone():
+    """The first process goes ahead; the others find done what it did. They leave together."""
+    rank, number = processes()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 < number - 1:
+        dist.barrier()
+    if number > 1:
+        dist.barrier()
+
+
+def sum_gradients(network):
+    for parameter in network.parameters() if processes()[1] > 1 else ():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+
+
+def average_statistics(network, domains):
+    """Give all processes the mean of their running statistics; GPUs have nn.SyncBatchNorm."""
+    for part in network.parts() if processes()[1] > 1 else ():
+        for domain in domains:
+            for buffer in part[domain].buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= processes()[1]
+
+
+# -------- 4  What a run leaves on the disk --------------------------------------------------------
 
 class Run:
-    """The files of a run in `out`. state.pt is what an unfinished run needs to go on as if it never stopped.
-    It is written at the end of every epoch and removed at the end of the run: a kill costs an epoch at most.
-    A run has phases, one for each call of `epochs`; those that are over when it goes on yield no epochs."""
+    """The files of a run in `out`. state.pt is what it needs to go on as if it never stopped.
 
-    COLUMNS = "phase epoch domain loss val_accuracy usage intersection sparsity_all multiplier".split()
+    It is written at the end of every epoch and removed at the end of the run: a kill costs an epoch
+    at most. A run has phases, one for each call of `epochs`; those that are over yield no epochs.
+    files: the models that it leaves. seen: {what must be the same on going on, besides flags: it}.
+    """
 
-    def __init__(self, out, args):
-        self.out, self.path, self.stored, self.finished, self.rows = out, out / "state.pt", None, [], []
+    def __init__(self, out, files, args, seen):
+        self.out = out
+        self.files = files
+        self.path = out / "state.pt"
+        self.phase = None       # where it was stopped
+        self.finished = []
+        self.rows = []          # of log.csv
+        self.device = args.device
         self.arguments = {name: value for name, value in vars(args).items() if name != "resume"}
-        for left in out.glob("*.part") if processes()[0] == 0 else ():
-            left.unlink()  # by a run that was killed while it wrote
+        self.fixed = dict(seen)
+        for name, value in self.arguments.items():
+            if name not in ("data", "cache", "workers", "device", "out"):
+                self.fixed[flag(name)] = value
+        self.versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+        for part in out.glob("*.part"):         # of a run that was killed while it wrote
+            if part.name.rsplit(".", 2)[0] in ("state.pt", "log.csv", *files):
+                part.unlink(missing_ok=True)
+        if self.path.exists() and not args.resume:
+            raise InputError(f"{self.path} is an unfinished run's: give --resume, or remove it")
         if self.path.exists():
-            if not args.resume:
-                raise InputError(f"--out {out} holds an unfinished run: give --resume, or remove {self.path}")
             with ba2ps.reading(self.path):
-                self.stored = torch.load(self.path, map_location="cpu", weights_only=True)
-                self.finished, self.rows = self.stored["finished"], self.stored["rows"]
-                then = self.stored["arguments"]
-            for name, value in self.arguments.items():
-                if name not in ("data", "cache", "workers", "device", "out") and then.get(name) != value:
-                    raise InputError(f"--resume: {self.path} was written with --{name.replace('_', '-')} "
-                                     f"{then.get(name)}, not {value}: give the same, or another --out")
+                self.read()
 
-    def epochs(self, phase, number, network, *parts):
-        """The epochs up to `number` that are still to do; network and parts get back what they held."""
+    def read(self):
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        for name, value in self.fixed.items():
+            then = state["fixed"].get(name)
+            if then != value:
+                raise InputError(f"{self.path} was written with {name} {then}, not {value}: "
+                                 "give the same, or another --out")
+        if state["versions"] != self.versions:
+            print(f"going on with {self.versions}, begun with {state['versions']}")
+        self.phase = state["phase"]
+        self.epoch = state["epoch"]
+        self.parts = state["parts"]
+        self.finished = state["finished"]
+        self.rows = state["rows"]
+
+    def epochs(self, phase, number, *parts):
+        """The epochs up to `number` that are still to do; `parts` get back what they held."""
         if phase in self.finished:
             return
+        parts = [*parts, torch.default_generator]       # dropout draws from it
+        if self.device.startswith("cuda"):
+            index = torch.device(self.device).index or 0
+            parts.append(torch.cuda.default_generators[index])
         first = 1
-        if self.stored is not None and self.stored["phase"] == phase:
+        if phase == self.phase:
             with ba2ps.reading(self.path):
-                for part, state in zip((network, *parts), self.stored["parts"], strict=True):
-                    (part.set_state if isinstance(part, torch.Generator) else part.load_state_dict)(state)
-                first = self.stored["epoch"] + 1
+                for part, state in zip(parts, self.parts):
+                    methods(part)[1](state)
+            first = self.epoch + 1
             print(f"going on from {self.path}: {phase}, epoch {first}")
         for epoch in range(first, number + 1):
             yield epoch
             if processes()[0] == 0:
-                if not all(value.isfinite().all() for value in network.state_dict().values()):
-                    raise InputError(f"weights are not finite after epoch {epoch}: lower --lr or --switch-lr")
-                states = [part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
-                          for part in (network, *parts)]
-                with ba2ps.writing(self.path) as part:
-                    torch.save({"phase": phase, "epoch": epoch, "parts": states, "finished": self.finished,
-                                "rows": self.rows, "arguments": self.arguments}, part)
+                self.write(phase, epoch, parts)
         self.finished.append(phase)
 
-    def log(self, *cells):
-        """Add a row to log.csv, which is written whole: neither a kill nor a full disk leaves half a row."""
-        cells = [*cells, *[None] * (len(self.COLUMNS) - len(cells))]
-        self.rows.append([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
-        with ba2ps.writing(self.out / "log.csv") as part, open(part, "w", newline="") as file:
-            csv.writer(file).writerows([self.COLUMNS, *self.rows])
+    def write(self, phase, epoch, parts):
+        if not finite(parts[0].parameters()):
+            raise InputError(f"weights are not finite after epoch {epoch}: lower --lr, --switch-lr")
+        state = {"phase": phase, "epoch": epoch, "parts": [methods(part)[0]() for part in parts],
+                 "finished": self.finished, "rows": self.rows, "fixed": self.fixed,
+                 "versions": self.versions}
+        with ba2ps.writing(self.path) as part:
+            torch.save(state, part)
 
-    def save_model(self, path, network, **facts):
+    def log(self, **cells):
+        """Print a row and add it to log.csv, which is written whole: a kill leaves no half row."""
+        if processes()[0]:
+            return
+        for name, value in cells.items():
+            cells[name] = f"{value:.6g}" if isinstance(value, float) else value
+        self.rows.append(cells)
+        print(", ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
+        with ba2ps.writing(self.out / "log.csv") as part:
+            with open(part, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self.rows[0] | cells)     # columns
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+    def save_model(self, name, network, **facts):
         if processes()[0] == 0:
-            ba2ps.save(path, network, arguments=self.arguments, **facts)
+            ba2ps.save(self.out / name, network, arguments=self.arguments, **facts)
+        print(f"saved {self.out / name}")
 
 
-# -------- the script ----------------------------------------------------------------------------------------
+def methods(part):
+    """Those that give and take the state of a network, an optimizer, a generator or a dict."""
+    if isinstance(part, torch.Generator):
+        return part.get_state, part.set_state
+    if isinstance(part, dict):
+        return part.copy, part.update
+    return part.state_dict, part.load_state_dict
 
-RECIPES = {  # the flags that --recipe sets; one that is given goes first
-    "paper": {"budget_of": "layers"},
-    "settled": {"budget_of": "channels", "settle": 0.2, "rank": "gradients", "batch_size": 16, "lr": 1e-1}}
-TOY = {"source": "shapes", "no_mirror": ["strokes", "signs", "digits"], "network": "WRN-10-2",
-       "image_size": 32, "backbone_epochs": 30, "epochs": 40, "milestone": 30, "lr": 1e-1, "switch_lr": 3e-4,
-       "recipe": "settled", "out": "runs/first"}
+
+# -------- 5  The flags ----------------------------------------------------------------------------
+
+DEFAULTS = {    # of flags that are not given, unless the recipe or the toy has others
+    "workers": 2, "splits": ["train"], "no_mirror": [], "backbone_epochs": 30, "budget": 0.5,
+    "sharing": 1.0, "sharing_loss": "intersection", "share_to": "all", "schedule": "epoch",
+    "adapt": "switches", "start": "shared", "spread": 1e-2, "epochs": 60, "decay_at": 0.75,
+    "switch_lr": 1e-4, "multiplier_lr": 0.3, "precision": "fp32", "seed": 0,
+    "device": "cuda" if torch.cuda.is_available() else "cpu"}
+RECIPES = {
+    "paper": {
+        "budget_of": "layers", "warmup": 0.0, "settle": None, "batch_size": 32, "lr": 1e-3},
+    "settled": {
+        "budget_of": "channels", "warmup": 0.2, "settle": 0.4, "batch_size": 16, "lr": 1e-1}}
+TOY = {
+    "recipe": "settled", "source": "shapes", "no_mirror": ["strokes", "signs", "digits"],
+    "network": "WRN-10-2", "image_size": 32, "epochs": 40, "switch_lr": 3e-4}
+SHARING = "sharing_loss", "share_to"
+SEARCH = *SHARING, "switch_lr", "multiplier_lr"
+START = "start", "spread"
+SWITCHES = *SEARCH, *START, "budget", "sharing", "warmup", "settle", "independent"
 
 
 def parse():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = stop
-    add, rate = parser.add_argument, at_least(0.0)
-    add("--data", metavar="DIR", help="a Visual Decathlon root (annotations/, data/), or folders, "
-        "DOMAIN/train/CLASS/*.jpg; none: a toy is drawn")
-    add("--cache", metavar="DIR", help="where decoded images are kept (default: ROOT/cache)")
-    add("--workers", type=at_least(0), default=2, help="processes that decode images the first time")
-    add("--source", metavar="NAME", help="the backbone's domain (default: imagenet12)")
-    add("--domains", nargs="+", metavar="NAME", help="domains to adapt to (default: all others)")
-    add("--splits", nargs="+", default=["train"], choices=["train", "val"], help="what is trained on")
-    add("--no-mirror", nargs="+", default=[], metavar="NAME", help="besides the paper's four")
-    add("--backbone", metavar="FILE", help="a backbone.pt to use instead of training one")
-    add("--start-from", metavar="MODEL", help="a model.pt, pruned or not, to go on from: --domains are "
-        "trained on, or added, and its others stay as they are")
-    add("--network", metavar="NAME", help="of a new backbone: torchvision's, or WRN-DEPTH-WIDTH, default "
-        "WRN-28-4")
-    add("--weights", metavar="FILE", help="of a network of torchvision: a state_dict; none: they are "
-        "trained on the source; DEFAULT, the default: its own")
-    add("--backbone-epochs", type=at_least(0), default=30)
-    add("--image-size", type=at_least(16), help="of the crop, default 64, or 224 for torchvision's networks; "
-        "images are resized to 9/8 of it")
-    add("--recipe", default="paper", choices=list(RECIPES), help="paper: as published, --budget-of layers; "
-        "settled: no domain over budget, --budget-of channels --settle 0.2 --rank gradients, and for fewer "
-        "images than the Decathlon's --batch-size 16 --lr 0.1")
-    add("--budget", type=at_least(0.0, 1.0), default=0.5, help="beta: what a domain may have on")
-    add("--budget-of", choices=ba2ps.BUDGETS, help="its measure: mean share over layers, share of channels, "
-        "of multiply-accumulates, of weights")
-    add("--sharing", type=lambda word: word if word == "learned" else rate(word), default=1.0,
-        metavar="LAMBDA", help="lambda_PS; 0 is BA2; learned: raised while the domains share too little")
-    add("--sharing-loss", default="intersection", choices=["intersection", "union", "jaccard"])
-    add("--share-to", default="all", choices=["all", "current"], help="whose switches the sharing loss moves")
-    add("--schedule", default="epoch", choices=["epoch", "batch", "mixed"], help="what a domain's turn is")
-    add("--independent", action="store_true", help="every domain alone: with --sharing 0, BA2 as published")
-    add("--adapt", default="switches", choices=["switches", "classifier", "all"],
-        help="classifier: batch-norm and classifier, all channels on; all: a fine-tuned network a domain")
-    add("--settle", type=at_least(0.0, 1.0), metavar="SHARE", help="of the epochs, after which each domain's "
-        "least switches go off until its budget holds, and the switches stay (default: never)")
-    add("--rank", default="switches", choices=["switches", "gradients"], help="what tells the least at "
-        "--settle: the switches, trained until then; or the mean square of their gradients, all being on")
-    add("--epochs", type=at_least(0), default=60, help="0: the backbone alone")
-    add("--milestone", type=at_least(1), default=45, help="epoch after which both rates are divided by 10")
-    add("--batch-size", type=at_least(1), default=32)
-    add("--lr", type=rate, default=1e-3, help="SGD, of batch-norm and classifiers")
-    add("--switch-lr", type=rate, default=1e-4, help="Adam, of the switches")
-    add("--multiplier-lr", type=rate, default=0.3, help="step of lambda_d, times the excess over the budget")
-    add("--bn-as-trained", action=argparse.BooleanOptionalAction, default=True,
-        help="--no-bn-as-trained: new batch-norm statistics for the final switches")
-    add("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
-    add("--seed", type=at_least(0, 2 ** 32), default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--resume", action="store_true", help="go on with the unfinished run in --out, if there is one")
-    add("--out", metavar="DIR", help="default: runs/SOURCE-RECIPE-BUDGET-SEED")
-    if parser.parse_known_args()[0].data is None:
-        parser.set_defaults(**TOY)
-    parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
+    rate = at_least(0.0)
+    share = at_least(0.0, 1.0)
+    some = at_least(1e-9, 1.0)
+
+    def add(name, text, type=None, **more):
+        default = DEFAULTS.get(name[2:].replace("-", "_"))
+        if default is not None:
+            text += f" (default: {default})"
+        if type is not None:
+            more["type"] = type
+        parser.add_argument(name, help=text, **more)
+
+    add("--data", "a Visual Decathlon root, or folders DOMAIN/train/CLASS/*.jpg; none: a drawn toy")
+    add("--cache", "where decoded images are kept (default: DATA/cache)")
+    add("--workers", "processes that decode images", at_least(0))
+    add("--source", "the backbone's domain (default: imagenet12)")
+    add("--domains", "those to adapt to (default: all others)", nargs="+")
+    add("--splits", "to train on", nargs="+", choices=["train", "val"])
+    add("--no-mirror", "domains, besides the paper's four", nargs="+")
+    add("--backbone", "a backbone.pt to use instead of training one")
+    add("--start-from", "a model.pt to go on from: --domains are trained on, or added, others stay")
+    add("--network", "WRN-DEPTH-WIDTH or torchvision's (default: WRN-28-4)")
+    add("--weights", "of torchvision's: a file, DEFAULT, or none to train them on the source")
+    add("--backbone-epochs", "", at_least(0))
+    add("--image-size", "of crops (default: 64, torchvision's 224)", at_least(16))
+    add("--recipe", "paper: as published; settled: never over budget", choices=list(RECIPES))
+    add("--budget", "beta: the share that a domain may have on", share)
+    add("--budget-of", "measured as the mean share of layers, or a share", choices=ba2ps.BUDGETS)
+    add("--sharing", "lambda_PS; 0 is BA2", rate)
+    add("--sharing-loss", "its form", choices=["intersection", "union", "jaccard"])
+    add("--share-to", "whom the sharing loss moves", choices=["all", "current"])
+    add("--schedule", "a domain's turn", choices=["epoch", "batch", "mixed"])
+    add("--independent", "every domain alone: with --sharing 0, BA2", action="store_true")
+    add("--adapt", "or batch-norm and classifier alone, or all weights of a network per domain",
+        choices=["switches", "classifier", "all"])
+    add("--warmup", "share of the epochs that measure importance with every channel on", share)
+    add("--start", "from the importance for all domains, or for its own", choices=["shared", "own"])
+    add("--spread", "value of the most important switch then", some)
+    add("--settle", "share of the epochs after which the budget is held and switches stay", some)
+    add("--epochs", "of each domain; 0: the backbone alone", at_least(0))
+    add("--decay-at", "share of the epochs after which both rates are divided by 10", share)
+    add("--batch-size", "of the domains; the backbone's is 64", at_least(1))
+    add("--lr", "SGD, of batch-norm and classifiers", rate)
+    add("--switch-lr", "Adam, of the switches", rate)
+    add("--multiplier-lr", "step of the multiplier lambda_d", rate)
+    add("--reestimate-bn", "batch-norm statistics of the final switches", action="store_true")
+    add("--precision", "bf16: autocast", choices=["fp32", "bf16"])
+    add("--seed", "", at_least(0, 2 ** 32))
+    add("--device", "")
+    add("--resume", "go on with the unfinished run in --out", action="store_true")
+    add("--out", "folder (default: runs/SOURCE-RECIPE-BUDGET-SEED)")
     args = parser.parse_args()
-    if args.rank == "gradients" and args.settle is None:
-        raise InputError("--rank gradients: give --settle, the share of the epochs that measures them")
-    if args.adapt != "switches":
-        args.budget, args.sharing, args.settle = 1.0, 0.0, 0.0  # every channel is on
-    if args.independent and args.sharing:
-        raise InputError(f"--independent trains every domain alone: --sharing {args.sharing} must be 0")
-    if args.start_from and (args.backbone or args.adapt == "all"):
-        raise InputError("--start-from holds a backbone and switches: leave out --backbone and --adapt all")
-    if args.adapt == "all" and "val" in args.splits:
-        raise InputError("--adapt all measures its baseline on val: leave out --splits val")
+    given = [name for name, value in vars(args).items() if value is not None and value is not False]
+    toy = {} if args.data else TOY
+    recipe = args.recipe or toy.get("recipe", "paper")
+    for name, value in (DEFAULTS | RECIPES[recipe] | toy | {"recipe": recipe}).items():
+        if name not in given:
+            setattr(args, name, value)
+    refuse_idle(args, given)
+    print(f"recipe {recipe}:", *(f"{flag(name)} {vars(args)[name]}" for name in RECIPES[recipe]))
     check_device(args.device)
     return args
 
 
-def pretrained(args):
-    """A torchvision network with --weights, and the options with which get_model builds its like."""
-    from torchvision.models import get_model, get_model_weights
-    with ba2ps.reading(f"--network {args.network} --weights {args.weights}"):
-        if args.weights == "DEFAULT":
-            plain = get_model(args.network, weights="DEFAULT")
-            options = {"num_classes": len(get_model_weights(args.network).DEFAULT.meta["categories"])}
-            its = ("aux_logits", "transform_input")  # of GoogLeNet and Inception
-            return plain, options | {key: getattr(plain, key) for key in its if hasattr(plain, key)}
-        state = torch.load(args.weights, map_location="cpu", weights_only=True)
-        options = {"num_classes": [len(value) for value in state.values() if value.dim() == 2][-1]}
-        plain = get_model(args.network, weights=None, **options)
-        plain.load_state_dict(state)
-        return plain, options
+def flag(name):
+    return f"--{name.replace('_', '-')}"
 
 
-def main():
-    args = parse()
-    join_processes(args)
-    torch.manual_seed(args.seed)
-    if processes()[0]:
-        dist.barrier()  # the first process draws and decodes, the others find it done
-    if args.data is None:
-        args.data = "runs/toy"
-        if not os.path.isdir(args.data):
-            print(f"no --data: drawing a toy decathlon in {args.data}")
-            sys.path.append(str(Path(__file__).parent / "tests"))
-            from toy import draw_toy
-            draw_toy(args.data)
-    args.data = os.path.abspath(args.data)
+def refuse_idle(args, given):
+    """InputError for a flag that does nothing here, or contradicts another one."""
+    warmup, settle = turns(args)
+    ready = args.backbone or args.start_from
+    foreign = not ready and is_foreign(args)
+    alone = args.adapt == "all"
+    rows = [    # (whether, which, why)
+        (args.epochs == 0, SWITCHES, "with --epochs 0 nothing is adapted"),
+        (args.adapt != "switches", SWITCHES, f"with --adapt {args.adapt} every channel is on"),
+        (alone and "val" in args.splits, ["splits"], "--adapt all is measured on val"),
+        (alone, ["start_from"], "--adapt all starts from a backbone"),
+        (args.start_from, ["backbone"], "--start-from has one"),
+        (ready or (foreign and args.weights != "none"), ["backbone_epochs"], "it is trained"),
+        (not foreign, ["weights"], "they are for a --network of torchvision"),
+        (args.independent and args.sharing, ["independent"], "it needs --sharing 0"),
+        (args.independent, ["start"], "with --independent every domain starts alone"),
+        (not args.sharing, SHARING, "with --sharing 0 there is no sharing loss"),
+        (not args.warmup, START, "without --warmup all switches start at 1e-3"),
+        (settle < warmup, ["settle", "warmup"], "--settle comes before the end of --warmup"),
+        (settle == warmup, SEARCH, "no epoch lies between --warmup and --settle")]
+    for there, names, why in rows:
+        for name in given:
+            if there and name in names:
+                raise InputError(f"{flag(name)} cannot be given: {why}")
 
-    given, network, records, options = args.backbone or args.start_from, None, {}, {"num_classes": 0}
-    usual = {"network": "WRN-28-4", "weights": None, "source": "imagenet12", "image_size": 64}
-    if not (args.network or "WRN-").startswith("WRN-"):
-        usual |= {"weights": "DEFAULT", "source": "imagenet", "image_size": 224}
-    if given:
-        network, facts = load_model(given)
+
+def is_foreign(args):
+    return args.network is not None and not args.network.startswith("WRN-")
+
+
+# -------- 6  The script ---------------------------------------------------------------------------
+
+def given_network(args):
+    """(network or None, {domain: record}) of the flags; fills in those that a file answers."""
+    path = args.backbone or args.start_from
+    network = None
+    records = {}
+    usual = "WRN-28-4", "imagenet12", 64
+    if path:
+        network, facts = load_model(path)
         if bool(network.domains) == bool(args.backbone):
-            raise InputError(f"{given}: --backbone takes backbone.pt, --start-from a model.pt")
+            raise InputError(f"{path}: --backbone takes backbone.pt, --start-from a model.pt")
         records = facts["domains"]
-        usual = {"network": network.name, "weights": None, "source": network.source,
-                 "image_size": facts["image_size"]}
-    if args.weights and usual["weights"] is None:
-        raise InputError(f"--weights {args.weights}: they are for a new --network of torchvision")
-    for name, value in usual.items():
-        wanted = vars(args)[name]
-        vars(args)[name] = value if wanted is None else wanted
-        if given and vars(args)[name] != value:
-            raise InputError(f"--{name.replace('_', '-')} {wanted}: {given} has {value}")
+        usual = network.name, network.source, network.image_size
+    elif is_foreign(args):
+        usual = args.network, "imagenet", 224
+    for name, value in zip(("network", "source", "image_size"), usual):
+        wanted = getattr(args, name) or value
+        if path and wanted != value:
+            raise InputError(f"{flag(name)} {wanted}: {path} has {value}")
+        setattr(args, name, wanted)
+    if is_foreign(args) and not path and args.weights != "none":
+        network, records = pretrained(args)
+    return network, records
 
-    # everything is looked at before the first step is taken
+
+def multi_domain(plain, options, args):
+    network = ba2ps.MultiDomain(plain, {}, args.source, args.image_size)
+    network.name = args.network
+    network.options = options       # with which load builds its like
+    return network
+
+
+def pretrained(args):
+    """(torchvision's network with --weights, the record of what it was trained on)."""
+    models = torchvision.models
+    with ba2ps.reading(f"--network {args.network} --weights {args.weights}"):
+        options = {}
+        if args.weights in (None, "DEFAULT"):
+            plain = models.get_model(args.network, weights="DEFAULT")
+        else:
+            state = torch.load(args.weights, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+            state = {name.removeprefix("module."): value for name, value in state.items()}
+            if args.network in ("googlenet", "inception_v3"):
+                # torchvision's own files, named by their digest, want images scaled in another way
+                digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:8]
+                ready = models.get_model_weights(args.network)
+                options["transform_input"] = any(digest in weights.url for weights in ready)
+                options["aux_logits"] = any("aux" in name.lower() for name in state)
+            number = [len(value) for value in state.values() if value.dim() == 2][-1]
+            plain = models.get_model(args.network, weights=None, num_classes=number, **options)
+            plain.load_state_dict(state)
+        for name in ("aux_logits", "transform_input"):
+            if hasattr(plain, name):
+                options[name] = getattr(plain, name)
+        network = multi_domain(plain, options, args)
+    numbers = range(network.classes[args.source])
+    options["num_classes"] = len(numbers)
+    mean, std = MEAN_STD["imagenet12"]
+    record = {"classes": [*map(str, numbers)], "category_ids": [*numbers], "mean": mean, "std": std,
+              "mirror": True}
+    return network, {args.source: record}
+
+
+def read_images(args, network, records):
+    """(domains to adapt to, train, val: {domain: Images}), decoded."""
     annotated = domains_of(args.data)
     domains = args.domains or [domain for domain in annotated if domain != args.source]
-    if not domains or len({*domains, args.source}) <= len(domains):
-        raise InputError(f"--domains {' '.join(domains)}: name some of {args.data} once, not {args.source}")
-    if set(args.no_mirror) - {*domains, *annotated, args.source}:
+    names = [args.source, *domains]
+    if not domains or len(set(names)) < len(names):
+        raise InputError(f"--domains {' '.join(domains)}: name some of {args.data} once, "
+                         f"not {args.source}")
+    if not set(args.no_mirror) <= {*names, *annotated}:
         raise InputError(f"--no-mirror {' '.join(args.no_mirror)}: no such domains in {args.data}")
-    train, val = {}, {}
-    if args.weights not in (None, "none"):
-        network, options = pretrained(args)
-    to_train, numbers = network is None, range(options["num_classes"])
-    for domain in [args.source] * (to_train or not given and args.source in annotated) + domains:
-        for sets, splits in ((train, args.splits), (val, ["val"] if "val" not in args.splits else [])):
-            record = train[domain].record if sets is val else records.get(domain)
-            if splits:
-                sets[domain] = Images(
-                    args.data, domain, splits, args.image_size, record, args.no_mirror, args.cache)
-                if not sets[domain].labelled:
-                    raise InputError(f"{domain} has no labels in {' '.join(splits)}: training needs them")
-                sets[domain].decode(args.workers)
-    if numbers and args.source in train and len(train[args.source].record["classes"]) != len(numbers):
-        raise InputError(f"--weights {args.weights} has {len(numbers)} classes, other than {args.source}")
-    if to_train:
-        options = {"num_classes": len(train[args.source].record["classes"])}
-        with ba2ps.reading(f"--network {args.network}"):
-            network = ba2ps.build(args.network, options, args.source, **options)
-    if not isinstance(network, ba2ps.MultiDomain):
-        network = ba2ps.add_switches(network, {}, args.source, args.image_size, args.network, options)
-    ba2ps.Switches(network, [], args.budget, args.budget_of, args.image_size)  # refuses what cannot be held
-    args.out = args.out or f"runs/{args.source}-{args.recipe}-{args.budget:g}-{args.seed}"
-    out = Path(args.out)
+    train = {}
+    val = {}
+    for domain in domains if network else names:
+        record = records.get(domain)
+        for sets, splits in ((train, args.splits), (val, ["val"])):
+            if sets is train or "val" not in args.splits:
+                images = Images(args.data, domain, splits, args.image_size, record,
+                                args.no_mirror, args.cache)
+                if not images.labelled:
+                    raise InputError(f"{domain} has no labels in {' '.join(splits)}")
+                sets[domain] = images.decode(args.workers)
+                record = images.record
+    return domains, train, val
+
+
+def rehearse(network, domains, train, args, out):
+    """What would fail at the end of a run fails before it, on a copy."""
+    trial = copy.deepcopy(network).train()
+    least = 2
+    for domain, images in train.items():
+        size = args.batch_size if domain in domains else BACKBONE_BATCH
+        last = (len(images) - 1) % size + 1
+        least = min(least, max(1, last // processes()[1]))
+        if domain not in trial.classes:
+            trial.add_domain(domain, len(images.record["classes"]))
+    try:
+        images = torch.zeros(least, trial.channels, args.image_size, args.image_size)
+        trial(images, domains[0]).sum().backward()
+    except Exception as error:
+        raise InputError(f"a last batch of {least} with --batch-size {args.batch_size} cannot be "
+                         f"trained on: {ba2ps.one_line(error)}") from None
+    cost, fixed = ba2ps.costs(trial, args.budget_of)
+    floor = fixed + sum(float(part[0]) for part in cost.split(ba2ps.widths(trial)))
+    if args.budget < floor:
+        raise InputError(f"--budget {args.budget:g}: give {floor:.4f} of {args.budget_of} or more, "
+                         "a channel in each layer")
+    try:
+        ba2ps.hold_budget(trial, domains[0], cost, args.budget - fixed)
+        trial = ba2ps.prune(trial, domains[:1])
+    except InputError as error:
+        print(f"prune.py will not do: {error}")
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        ba2ps.save(f"{folder}/model.pt", trial)
+        ba2ps.load(f"{folder}/model.pt")
+
+
+def output_folder(args, files):
+    """A folder for `files`. Finished models are never replaced."""
+    base = args.out or f"runs/{args.source}-{args.recipe}-{args.budget:g}-{args.seed}"
+    if not args.out and args.data == os.path.abspath("runs/toy"):
+        base = "runs/first"
+    for number in itertools.count(1):
+        out = Path(base if number == 1 else f"{base}-{number}")
+        there = [out / name for name in files if (out / name).exists()]
+        if not there or (out / "state.pt").exists():
+            break
+        if args.resume and there[-1].name == files[-1]:
+            print(f"nothing to resume: the run in {out} is finished, {there[-1]} is there")
+            sys.exit()
+        if args.out:
+            raise InputError(f"--out {out} has a finished {there[-1].name}: give another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error}") from None
-    run = Run(out, args)
-    if processes()[1] > 1 and processes()[0] == 0:
-        dist.barrier()
-    last = "backbone.pt" if not args.epochs else "baseline.json" if args.adapt == "all" else "model.pt"
-    if args.resume and run.stored is None and (out / last).exists():
-        return print(f"nothing to resume: the run in {out} is finished, {out / last} is there")
+    return out
 
-    print(f"{network.name}, source {args.source}, on {args.device}; "
-        f"{', '.join(domains)} at beta = {args.budget:g} of {args.budget_of}; writing to {out}")
+
+def prepare(args):
+    """(network, domains, train, val, records, run): what is looked at before the first step."""
+    if args.data is None:
+        args.data = "runs/toy"
+        if not os.path.isdir(args.data):
+            print(f"no --data: drawing a toy decathlon in {args.data}")
+            from tests.toy import draw_toy
+            draw_toy(args.data)
+    args.data = os.path.abspath(args.data)
+    network, records = given_network(args)
+    domains, train, val = read_images(args, network, records)
+    records |= {domain: images.record for domain, images in train.items()}
+    files = ["model.pt"] if args.epochs else []
+    if args.epochs and args.adapt == "all":
+        files = [*(f"{domain}.pt" for domain in domains), "baseline.json"]
+    if network is None:
+        files.insert(0, "backbone.pt")
+        options = {"num_classes": len(records[args.source]["classes"])}
+        with ba2ps.reading(f"--network {args.network}"):
+            plain = ba2ps.build(args.network, options, **options)
+            network = multi_domain(plain, options, args)
+    seen = {}
+    for split, sets in (("train", train), ("val", val)):
+        for domain, images in sets.items():
+            known = repr((images.record["classes"], images.ids)).encode()
+            digest = hashlib.sha256(known).hexdigest()[:16]
+            seen[f"classes and images of {domain} {split}"] = digest
+    out = output_folder(args, files)
+    run = Run(out, files, args, seen)
+    if processes()[0] == 0 and run.phase is None:
+        rehearse(network, domains, train, args, out)
+    return network, domains, train, val, records, run
+
+
+def train_all(network, domains, train, val, records, run, args):
+    """The backbone if there is none yet, then the domains."""
     if processes()[1] > 1 and args.device.startswith("cuda"):
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(args.device, memory_format=torch.channels_last)
-    mean, std = MEAN_STD.get(args.source, MEAN_STD["imagenet12"])
-    records = {args.source: {"classes": [*map(str, numbers)], "category_ids": [*numbers], "mean": mean,
-                             "std": std, "mirror": True}} | records | {
-        domain: images.record for domain, images in train.items()}
-    if to_train and "backbone" in run.finished:
-        network.load_state_dict(ba2ps.load(out / "backbone.pt")[0].state_dict())
-    elif to_train:
+    facts = {}
+    if args.adapt == "switches":
+        facts = {"budget": args.budget, "budget_of": args.budget_of}
+    if "backbone" in run.finished:
+        network.load_state_dict(ba2ps.load(run.out / "backbone.pt")[0].state_dict())
+    elif "backbone.pt" in run.files:
         train_backbone(network, train, val, args, run)
         known = {args.source: records[args.source]}
-        run.save_model(out / "backbone.pt", network, image_size=args.image_size, domains=known)
-    facts = {name: vars(args)[name] for name in ("image_size", "budget", "budget_of")} | {"domains": records}
+        run.save_model("backbone.pt", network, domains=known)
     if args.epochs and args.adapt == "all":
         fine_tune(network, domains, train, val, args, run, facts)
     elif args.epochs:
-        for domain in [domain for domain in domains if domain not in network.domains]:
-            torch.manual_seed(args.seed)  # a domain starts alike whatever other domains there are
-            network.add_domain(domain, len(records[domain]["classes"]))
+        for domain in domains:
+            if domain not in network.domains:
+                torch.manual_seed(args.seed)    # it starts alike whatever other domains there are
+                network.add_domain(domain, len(records[domain]["classes"]))
         for group in [[domain] for domain in domains] if args.independent else [domains]:
             adapt(network, group, train, val, args, run)
-        run.save_model(out / "model.pt", network, **facts)
-        print(f"saved {out / 'model.pt'}; next: python evaluate.py {out / 'model.pt'}")
+        run.save_model("model.pt", network, domains=records, **facts)
+        print(f"next: python evaluate.py {run.out / 'model.pt'}")
     if processes()[0] == 0:
         run.path.unlink(missing_ok=True)
+
+
+def main():
+    rank, number = processes()
+    with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):     # the others are silent
+        args = parse()
+        if number > 1:
+            join_processes(args)
+        torch.manual_seed(args.seed)
+        with first_alone():
+            network, domains, *images, run = prepare(args)
+        print(f"{network.name}, source {args.source}, on {args.device}; {', '.join(domains)} at "
+              f"beta = {args.budget:g} of {args.budget_of}; writing to {run.out}")
+        train_all(network, domains, *images, run, args)
+        if number > 1:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except InputError as error:
         stop(error)
     except KeyboardInterrupt:

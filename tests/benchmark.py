@@ -1,37 +1,37 @@
 # SPDX-License-Identifier: MIT
-"""What the project promises, measured: no test, for time depends on the machine; figures are ratios.
+"""What it costs, as ratios measured side by side in one run.
 
-  python tests/benchmark.py inference   # size and speed of pruned WRN-28-4: nine domains, 64 px
-  python tests/benchmark.py training    # a step with switches beside the frozen backbone's and fine-tuning's
-  python tests/benchmark.py data        # what reading images costs beside WRN-28-1 at 32 px
+  python tests/benchmark.py inference     # pruned WRN-28-4: nine domains, 64 px
+  python tests/benchmark.py training      # time and memory of a step
+  python tests/benchmark.py data          # reading images, beside WRN-28-1 at 32 px
 
-inference: params as stored, and the speed-up of one domain's dense network over the backbone in its faster
-memory format, as a share of what the ratio of MACs promises. Random masks, the same for all domains.
+inference: params as stored; and how much faster one domain's dense network is than the backbone in
+its faster memory format, as a share of what the ratio of MACs promises. Random masks, the same for
+all domains.
 
-training: a step of batch 32 with switches, budget and sharing loss over ten domains and both optimizers, as
-train.py takes it; the same once the switches have settled, with random masks at 0.25 that all domains share;
-the same step of the frozen backbone without switches; full fine-tuning; and the floor, one forward and one
-input-gradient pass of the frozen backbone. Medians of interleaved repeats, each in its faster memory format.
-The rate of the convolutions is held against that of a large matrix product. Peak memory is that of a process
-of its own for each kind of step, less what it was before the first.
+training: a step of `adapt` in train.py, batch 32, ten domains. Beside it: the frozen network's,
+where every channel is read; full fine-tuning; one with settled switches, masks at 0.25 that all
+domains share; and the floor, a forward and an input-gradient pass of the frozen network. Medians of
+interleaved repeats, each kind in its faster memory format. Memory: the peak of a process of its own
+for each kind, over what it had before the first step; once as it is, once without what glibc's heap
+keeps of freed tensors.
 
-data: the share of an epoch that goes into batches once the cache is warm, batch 32; images/s from the cache
-over images/s decoded; ten crops over ten forward passes of one crop each, already on the device; and the
-memory that a domain of a million images takes, the cache a sparse file: Anonymous of /proc/self/smaps_rollup,
-what the process cannot give back, for pages of the mapped cache are the system's.
+data: the share of an epoch that goes into batches from a warm cache; ten crops over ten forward
+passes; and the memory of a domain of a million images, without the mapped cache (a sparse file).
 """
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
@@ -39,8 +39,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ba2ps
 import evaluate
 import prune
-
-FORMATS = {torch.channels_last: "channels-last", torch.contiguous_format: "NCHW"}
 
 
 def timed(function, device="cpu"):
@@ -52,254 +50,284 @@ def timed(function, device="cpu"):
     return time.perf_counter() - start
 
 
-def show(what, value, unit, most, more=""):
-    """One line, with a star where the bar is missed. most: the bar, negative for a least; None: no bar."""
+def show(what, value, unit="", most=None, least=None, more=""):
+    """Print a line, with a star where the bar is missed."""
     bar = ""
-    if most is not None:
-        missed = value > most if most > 0 else value < -most
-        bar = f"{' *'[missed]} (at {'most' if most > 0 else 'least'} {abs(most)}{unit})"
-    print(f"{what:34}{value:8.3f}{unit}{bar}{f'; {more}' if more else ''}", flush=True)
+    if most:
+        bar = f"{' *' if value > most else ''} (at most {most}{unit})"
+    if least:
+        bar = f"{' *' if value < least else ''} (at least {least}{unit})"
+    print(f"{what:33}{value:8.3f}{unit}{bar}", more, flush=True)
 
 
-@torch.no_grad()
-def mask_alike(net, usage):
-    """Random masks with this share of each layer's channels on, the same for all domains."""
-    for layer in ba2ps.switched_layers(net).values():
-        on = torch.zeros(layer.in_channels)
-        on[torch.randperm(layer.in_channels)[:round(usage * layer.in_channels)]] = 1
-        for domain in net.domains:
-            layer.switches[domain].copy_(1e-3 * (2 * on - 1))
-
-
-# -------- inference -----------------------------------------------------------------------------------------
-
-STORED = {0.25: 0.165, 0.5: 0.40, 0.75: 0.69}  # usage -> params as stored, at most
-SPEED = {32: 0.75, 1: 0.50}  # batch size -> share of the promise, at least, at usage 0.25 and 0.5
-
-
-@torch.no_grad()
-def masked(usage, domains=9):
-    """WRN-28-4 with random masks, the same for all domains, and batch-norm as if trained."""
+def adapted(name, size, number):
+    """A network of this name for `number` domains and the source, of ten classes each."""
     torch.manual_seed(0)
-    net = ba2ps.WideResNet(28, 4, "source", 10)
-    for i in range(domains):
-        net.add_domain(f"d{i}", 10)
-    mask_alike(net, usage)
-    for norm in [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]:
-        nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.normal_(norm.bias, std=0.3)
-    return net.eval()
+    plain = ba2ps.build(name, {"num_classes": 10}, 10)
+    domains = {f"d{i}": 10 for i in range(number)}
+    return ba2ps.MultiDomain(plain, domains, "source", size)
+
+
+@torch.no_grad()
+def mask_alike(network, share):
+    """Random masks with this share of each layer's channels on, the same for all domains."""
+    parts = []
+    for layer in ba2ps.switched_layers(network).values():
+        part = torch.full((layer.in_channels,), -1e-3)
+        part[torch.randperm(len(part))[:round(share * len(part))]] = 1e-3
+        parts.append(part)
+    for row in network.switches.values():
+        row.copy_(torch.cat(parts))
+
+
+# -------- inference
+
+STORED = {0.25: 0.165, 0.5: 0.40, 0.75: 0.69}   # {channels on: most params as stored}
+SPEED = {32: 0.78, 1: 0.50}                     # {batch size: least share of the promise}
 
 
 def inference(args):
-    for usage, most in STORED.items():
-        net = masked(usage)
-        small = ba2ps.prune(net)
+    for share, most in STORED.items():
+        network = adapted("WRN-28-4", 64, 9).eval()
+        mask_alike(network, share)
+        small = ba2ps.prune(network)
         model = prune.dense(small, "d0")
-        stored, promise = prune.stored_params(small), ba2ps.macs(net) / prune.dense_macs(model, 64)
-        show(f"usage {usage:.2f}: params as stored", stored, "", most,
-             f"as the paper counts {ba2ps.params(small):.3f}; MACs / {promise:.2f}")
-        for batch_size, least in SPEED.items() if usage < 0.75 else ():
-            whole, own = prune.latency(net, [model], batch_size, 64, args.seconds / 3, args.device)
-            show(f"   batch {batch_size}: share of the promise", whole / own / promise, "", -least,
-                 f"{own:.2f} ms, {whole / own:.2f} x the backbone")
+        promise = ba2ps.macs(network) / prune.dense_macs(model, 64)
+        stored = prune.stored_params(small)
+        show(f"channels {share}: params as stored", stored, most=most, more=f"MACs / {promise:.2f}")
+        if share > 0.5:
+            continue                        # it promises too little to measure
+        for size, least in SPEED.items():
+            seconds = args.seconds / 3      # for each: dense, and the backbone in two formats
+            whole, own = prune.latency(network, [model], size, 64, seconds, args.device)
+            gain = whole / own
+            more = f"{own:.2f} ms, {gain:.2f} x the backbone"
+            show(f"   batch {size}: of the promise", gain / promise, least=least, more=more)
 
 
-# -------- training ------------------------------------------------------------------------------------------
+# -------- training
 
-KINDS = ("switches", "no sharing loss", "settled", "no switches", "fine-tuning", "floor")
+CASES = (  # network, image size, most over the frozen network's step
+    ("WRN-28-4", 64, 1.10),
+    ("WRN-28-2", 32, None),     # so small that the losses weigh more
+    ("resnet18", 64, 1.10),
+    ("mobilenet_v2", 64, 1.10))
+KINDS = "switches", "frozen", "fine-tuning", "settled", "floor"
+FORMATS = {"channels-last": torch.channels_last, "NCHW": torch.contiguous_format}
+BUDGET = 0.5
 
 
-def step_of(kind, widen_factor, size, form, device, domains=10):
-    """A function that does one training step of this kind, batch 32, in the memory format `form`."""
-    torch.manual_seed(0)
-    net, names = ba2ps.WideResNet(28, widen_factor, "source", 10), [f"d{i}" for i in range(domains)]
-    for name in names:
-        net.add_domain(name, 10)
-    net.freeze_backbone()
-    if kind in ("fine-tuning", "floor"):
-        net.requires_grad_(kind == "fine-tuning")
-    net.to(device, memory_format=form).train()
-    x = torch.randn(32, 3, size, size, device=device).contiguous(memory_format=form)
-    x.requires_grad_(kind == "floor")
-    y, batch = torch.randint(10, (32,), device=device), {names[0]: range(32)}
-    forward = net
-    if kind in KINDS[:3]:
-        if kind == "settled":
-            mask_alike(net, 0.25)
-        switches = ba2ps.Switches(net, names, 0.5, sharing=float(kind == "switches"),
-                                  settle=0.0 if kind == "settled" else None)
-        if switches.settled:
-            forward = ba2ps.without_unused(net, names)
-        adam = torch.optim.Adam(switches.parameters(), lr=1e-4, fused=True)
+def step_of(kind, name, size, form, device):
+    """A function that takes one training step of this kind, of batch 32, in one memory format."""
+    network = adapted(name, size, 10)
+    network.freeze_backbone()
+    network.to(device, memory_format=FORMATS[form]).train()
+    x = torch.randn(32, 3, size, size, device=device).contiguous(memory_format=FORMATS[form])
+    y = torch.randint(10, (32,), device=device)
+    forward = network
+    domains = network.domains
+    weights = network.owned_parameters()
+    if kind == "switches":
+        adam = torch.optim.Adam(network.switches.values(), lr=1e-4, fused=True)
+        cost, fixed = ba2ps.costs(network)
+        cost = cost.to(x)
+        multiplier = dict.fromkeys(domains, 0.0)
+    elif kind == "settled":
+        mask_alike(network, 0.25)
+        network.switches.requires_grad_(False)
+        forward = ba2ps.without_unused(network, domains)
     else:
-        for layer in ba2ps.switched_layers(net).values():
-            layer.switches.clear()
-    weights = [p for name, p in net.named_parameters() if p.requires_grad and ".switches." not in name]
-    sgd = torch.optim.SGD(weights, lr=1e-3, momentum=0.9) if weights else None
+        network.switches.clear()            # without switches every channel is read
+    if kind in ("fine-tuning", "floor"):
+        weights = network.requires_grad_(kind == "fine-tuning").parameters()
+        x.requires_grad_(kind == "floor")
+    sgd = torch.optim.SGD(weights, lr=1e-3, momentum=0.9)
 
-    def step():
-        loss = 0.0
-        if kind in KINDS[:3]:
-            switches.begin(batch, 0.0)
-            loss = switches.loss(batch)
-        task = F.cross_entropy(forward(x, names[0]), y, reduction="sum")
-        task.item()  # the loop sums them up
-        loss = loss + task / len(y)
-        if sgd:
-            sgd.zero_grad()
-        loss.backward()
-        if sgd:
-            sgd.step()
-        if kind in KINDS[:3]:
-            switches.step(adam, batch)
+    def step():                             # as in train.adapt
+        task = F.cross_entropy(forward(x, "d0"), y, reduction="sum")
+        loss = task / len(y)
+        if kind == "switches":
+            s = ba2ps.binarized(network, domains)
+            usage = dict(zip(domains, s @ cost + fixed))
+            loss = loss + ba2ps.budget_loss(usage["d0"], BUDGET, multiplier["d0"])
+            excess = ba2ps.sharing_loss(s, BUDGET)
+            loss = loss + excess
+            excess.item()                   # for the log
+            adam.zero_grad()
+        task.item()                         # for the log
+        sgd.zero_grad()
         x.grad = None
+        loss.backward()
+        sgd.step()
+        if kind == "switches":
+            assert network.switches["d0"].grad.isfinite().all()
+            adam.step()
+            ba2ps.keep_a_channel(network, domains)
+            before = multiplier["d0"]
+            multiplier["d0"] = ba2ps.next_multiplier(before, usage["d0"], BUDGET)
+
     return step
 
 
-def peak(device="cpu"):
-    """The most bytes so far: of this process (ru_maxrss would be its parent's), or of the GPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    return memory("status", "VmHWM")
+def faster_step(kind, name, size, device):
+    """(step, memory format): the faster one of two."""
+    steps = {form: step_of(kind, name, size, form, device) for form in FORMATS}
+    taken = {}
+    for turn in range(4):                   # the first one warms up
+        for form, step in steps.items():
+            now = timed(step, device)
+            taken[form] = min(now, taken[form]) if turn > 1 else now
+    form = min(taken, key=taken.get)
+    return steps[form], form
 
 
 def memory(file, name):
     """Bytes of this process (Linux)."""
-    lines = Path("/proc/self", file).read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    for line in Path("/proc/self", file).read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
 
 
-def peak_of(kind, widen_factor, size, form, device):
-    """Bytes that three steps add to the peak of a process of its own, after a small step that imports all."""
-    words = f"""import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r}); import benchmark
-benchmark.step_of({kind!r}, 1, 16, {form}, {device!r})()
-step = benchmark.step_of({kind!r}, {widen_factor}, {size}, {form}, {device!r})
-before = benchmark.peak({device!r})
-print([step() for _ in range(3)] and benchmark.peak({device!r}) - before)"""
-    return int(subprocess.run([sys.executable, "-c", words], stdout=subprocess.PIPE, check=True).stdout)
+def added_peak(kind, name, size, form, device):
+    """Bytes that three steps need at most, of this process or of the GPU."""
+    step_of(kind, "WRN-10-1", 16, form, device)()       # loads all code
+    step = step_of(kind, name, size, form, device)
+    cuda = device.startswith("cuda")
+    before = torch.cuda.memory_allocated() if cuda else memory("status", "VmRSS")
+    for _ in range(3):
+        step()
+    return (torch.cuda.max_memory_allocated() if cuda else memory("status", "VmHWM")) - before
+
+
+def peak_ratio(name, size, forms, device):
+    """The peak of a step with switches over that of the frozen network."""
+    peaks = []
+    for kind in KINDS[:2]:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            case = kind, name, size, forms[kind], device
+            peaks.append(pool.submit(added_peak, *case).result())
+    return peaks[0] / peaks[1]
 
 
 def training(args):
-    for widen_factor, size in ((4, 64), (2, 32)):
-        steps = {(kind, form): step_of(kind, widen_factor, size, form, args.device)
-                 for kind in KINDS for form in FORMATS}
-        times = {key: [] for key in steps}
-        for step in steps.values():
-            step()
-        end = time.time() + args.seconds * len(KINDS)
-        while time.time() < end or len(times["floor", torch.channels_last]) < 3:
-            for key, step in steps.items():
-                times[key].append(timed(step, args.device))
-        best = {kind: min(FORMATS, key=lambda form: statistics.median(times[kind, form])) for kind in KINDS}
+    for name, size, most in CASES:
+        steps = {}
+        forms = {}
+        for kind in KINDS:
+            steps[kind], forms[kind] = faster_step(kind, name, size, args.device)
+        times = {kind: [] for kind in KINDS}
+        end = time.perf_counter() + args.seconds * len(KINDS)
+        while time.perf_counter() < end or len(times["floor"]) < 3:
+            for kind, step in steps.items():
+                times[kind].append(timed(step, args.device))
 
         def ratio(kind, other):
-            pairs = zip(times[kind, best[kind]], times[other, best[other]])
+            pairs = zip(times[kind], times[other])
             return statistics.median(a / b for a, b in pairs)
 
-        a = torch.randn(1536, 1536, device=args.device)
-        rate = 1536**3 / statistics.median(timed(lambda: a @ a, args.device) for _ in range(15))
-        macs = 2 * 32 * ba2ps.macs(ba2ps.WideResNet(28, widen_factor), None, size)  # forward and back to x
-        spent = statistics.median(times["switches", best["switches"]])
-        print(f"WRN-28-{widen_factor}, {size} px: {1e3 * spent:.0f} ms a step with switches, "
-              f"{FORMATS[best['switches']]}")
-        show("   over no switches", ratio("switches", "no switches"), "x", 1.05)
-        show("   over full fine-tuning", ratio("switches", "fine-tuning"), "x", 0.72)
-        show("   once settled at 0.25", ratio("settled", "switches"), "x", None)
-        show("   the sharing loss, of a step", 100 - 100 / ratio("switches", "no sharing loss"), "%", 2)
-        show("   the floor, of a step", 100 / ratio("switches", "floor"), "%", None)
-        show("   of the matrix-product rate", 100 * macs / spent / rate, "%", None,
-             f"{2e-9 * rate:.0f} GFLOP/s")
-        own, frozen, tuned = (peak_of(kind, widen_factor, size, best[kind], args.device)
-                              for kind in ("switches", "no switches", "fine-tuning"))
-        show("   peak memory over no switches", own / frozen, "x", 1.05, f"{own / 1e6:.0f} MB")
-        show("   peak memory over fine-tuning", own / tuned, "x", 0.75)
+        spent = 1e3 * statistics.median(times["switches"])
+        print(f"{name}, {size} px: {spent:.0f} ms a step, {forms['switches']}")
+        show("   over the frozen network's", ratio("switches", "frozen"), "x", most)
+        show("   over full fine-tuning's", ratio("switches", "fine-tuning"), "x")
+        show("   once settled, of a step", ratio("settled", "switches"), "x")
+        show("   the floor, of a step", ratio("floor", "switches"), "x")
+        case = name, size, forms, args.device
+        show("   peak memory over the frozen's", peak_ratio(*case), "x", 1.10)
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"      # of bytes; for new processes
+        show("   the same, of tensors", peak_ratio(*case), "x", 1.10)
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
-# -------- data ----------------------------------------------------------------------------------------------
+# -------- data
 
-def write_images(root, number, listed=None):
+def write_images(root, number, listed):
     """A domain `noise` of so many JPEGs, 72 pixels high, listed again and again up to `listed`."""
-    rng, folder = np.random.default_rng(0), Path(root, "data")
-    folder.mkdir()
+    draw = np.random.default_rng(0)
+    Path(root, "data").mkdir()
     for i in range(number):
-        picture = rng.integers(0, 256, (9, 9 + i % 4, 3), dtype=np.uint8)
-        Image.fromarray(picture).resize((72 + 8 * (i % 4), 72)).save(folder / f"{i}.jpg")
-    numbers = range(listed or number)
-    content = {"images": [{"id": i, "file_name": f"data/{i % number}.jpg"} for i in numbers],
-               "categories": [{"id": c, "name": str(c)} for c in range(10)],
-               "annotations": [{"id": i, "image_id": i, "category_id": i % 10} for i in numbers]}
+        picture = draw.integers(0, 256, (9, 12, 3), dtype=np.uint8)
+        Image.fromarray(picture).resize((96, 72)).save(Path(root, f"data/{i}.jpg"))
+    ids = range(listed)
+    content = {
+        "images": [{"id": i, "file_name": f"data/{i % number}.jpg"} for i in ids],
+        "categories": [{"id": i, "name": str(i)} for i in range(10)],
+        "annotations": [{"id": i, "image_id": i, "category_id": i % 10} for i in ids]}
     Path(root, "annotations").mkdir()
     Path(root, "annotations/noise_train.json").write_text(json.dumps(content))
-    return root
+
+
+def small_domain(root, repeats, device):
+    write_images(root, 2048, 2048)
+    images = evaluate.Images(root, "noise", ["train"], 32).decode()
+    network = adapted("WRN-28-1", 32, 0).to(device)
+    sgd = torch.optim.SGD(network.parameters(), lr=0.01)
+    order = torch.Generator().manual_seed(0)
+    plan = torch.randperm(len(images)).split(32)
+    x, y = images.batch(plan[0], order, device)
+
+    def read():
+        for indices in plan:
+            images.batch(indices, order, device)
+
+    def train():
+        for _ in plan:
+            sgd.zero_grad()
+            F.cross_entropy(network(x, "source"), y).backward()
+            sgd.step()
+
+    @torch.no_grad()
+    def forward():
+        for _ in range(2 * 10):             # ten crops of two batches
+            network(x, "source")
+
+    def crops():                            # leaves the network in evaluation mode
+        evaluate.predict(network, "source", images, 10, 32, device)
+
+    network.train()
+    ratios = [timed(read, device) / timed(train, device) for _ in range(repeats)]
+    share = statistics.median(ratio / (1 + ratio) for ratio in ratios)
+    show("batches, of an epoch", 100 * share, "%", 5)
+    del images.paths[64:]
+    ratios = [timed(crops, device) / timed(forward, device) for _ in range(repeats)]
+    show("ten crops / ten forward passes", statistics.median(ratios), "x", 1.1)
+
+
+def large_domain(root):
+    write_images(root, 1000, 10**6)
+    before = memory("smaps_rollup", "Anonymous")
+    images = evaluate.Images(root, "noise", ["train"], 64)
+    file, _ = images.parts[0]
+    file.parent.mkdir()
+    with open(file, "wb") as cache:         # every image black
+        cache.seek(3 * images.side**2 * len(images))
+        cache.write(np.full((len(images), 2), images.side, np.int32))
+    order = torch.Generator().manual_seed(0)
+    for indices in torch.randperm(len(images))[:500 * 32].split(32):
+        images.batch(indices, order)
+    used = (memory("smaps_rollup", "Anonymous") - before) / 1e6
+    show("memory of a million images", used, " MB")
 
 
 def data(args):
     with tempfile.TemporaryDirectory() as root:
-        images = evaluate.Images(write_images(root, 2048), "noise", ["train"], 32)
-        decoded = len(images) / timed(images.decode)
-        net, order = ba2ps.WideResNet(28, 1, "noise", 10).to(args.device), torch.Generator().manual_seed(0)
-        sgd = torch.optim.SGD(net.parameters(), lr=0.01)
-
-        def step(x, y):
-            sgd.zero_grad()
-            F.cross_entropy(net(x, "noise"), y).backward()
-            sgd.step()
-        shares, waits = [], []
-        for _ in range(args.repeats):
-            waited = trained = 0.0
-            plan = torch.randperm(len(images), generator=order).split(32)
-            for indices in plan:
-                start = time.perf_counter()
-                batch = images.batch(indices, order, args.device)
-                waited += time.perf_counter() - start
-                trained += timed(lambda: step(*batch), args.device)
-            shares.append(waited / (waited + trained))
-            waits.append(1e3 * waited / len(plan))
-        show("batches, share of an epoch", 100 * statistics.median(shares), "%", 5,
-             f"{statistics.median(waits):.2f} ms a batch of 32")
-
-        cached = statistics.median(
-            len(images) / timed(lambda: [images[i] for i in torch.randperm(len(images)).tolist()])
-            for _ in range(args.repeats))
-        show("images from the cache / decoded", cached / decoded, "x", None,
-             f"{cached:,.0f} and {decoded:,.0f} images/s, one process")
-
-        images.paths, ratios = images.paths[:64], []
-        x = torch.randn(32, 3, 32, 32, device=args.device)
-        for _ in range(4 * args.repeats):
-            ours = timed(lambda: evaluate.predict(net, "noise", images, 10, 32, args.device), args.device)
-            with torch.no_grad():
-                ratios.append(ours / timed(lambda: [net(x, "noise") for _ in range(20)], args.device))
-        show("ten crops / ten forward passes", statistics.median(ratios), "x", 1.1)
-
+        small_domain(root, args.repeats, args.device)
     with tempfile.TemporaryDirectory() as root:
-        write_images(root, 1000, args.images)
-        before = memory("smaps_rollup", "Anonymous")
-        images, largest = evaluate.Images(root, "noise", ["train"], 64), peak()
-        listed, file = memory("smaps_rollup", "Anonymous"), images.parts[0][0]
-        file.parent.mkdir()
-        with open(file, "wb") as whole:  # every image black
-            whole.seek(3 * images.side**2 * len(images))
-            whole.write(np.full((len(images), 2), images.side, np.int32))
-        for indices in torch.randperm(len(images))[:32 * 500].split(32):
-            images.batch(indices, order)
-        used, listed = ((number - before) / 1e6 for number in (memory("smaps_rollup", "Anonymous"), listed))
-        print(f"a domain of {len(images):,} images, {file.stat().st_size / 1e9:.1f} GB: "
-              f"{used:.0f} MB of memory after 500 batches at 64 pixels,\n   {listed:.0f} for its list; "
-              f"{largest / 1e6:.0f} MB at most, while JSON is read")
+        large_domain(root)
 
 
 def main():
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("what", choices=["inference", "training", "data"])
-    flags.add_argument("--seconds", type=float, default=20, help="of repeats, a batch size or kind of step")
-    flags.add_argument("--repeats", type=int, default=5, help="of data")
-    flags.add_argument("--images", type=int, default=10**6, help="of data's large domain")
-    flags.add_argument("--device", default="cpu", help="cpu or cuda")
+    raw = argparse.RawDescriptionHelpFormatter
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parts = {"inference": inference, "training": training, "data": data}
+    add = flags.add_argument
+    add("what", choices=parts)
+    add("--seconds", type=float, default=20, help="of repeats, a batch size or kind of step")
+    add("--repeats", type=int, default=5, help="of data")
+    add("--device", default="cpu", help="cpu or cuda")
     args = flags.parse_args()
     print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32; "
           "* a bar that is missed")
-    {"inference": inference, "training": training, "data": data}[args.what](args)
+    parts[args.what](args)
 
 
 if __name__ == "__main__":
