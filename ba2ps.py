@@ -8,12 +8,12 @@ The whole method in one file that needs only torch. Copy it, or the section that
     L_total = L + max(0, lambda_d (mean(s_d) - beta))                           L_B, Eq. 4
                 + max(0, lambda_PS (1 - |s_1 & ... & s_N| / (M beta)))          L_PS, Eq. 5
 
-    theta_d     network.switches[domain]    (M,) real numbers, one for each input channel   Eq. 2, 3
+    theta_d     network.switches[domain]    (M,) real numbers, one for each input channel
     s_d         binarize(theta_d)           (M,) 1 where theta_d > 0: the channel is read   Eq. 3
     N, M        s.shape                     the number of domains, of switches
-    beta        budget                      the share that a domain may have on             Eq. 4
-    lambda_d    multiplier[domain]          raised while a domain is over its budget        Eq. 4
-    lambda_PS   sharing                     weight of the sharing loss                      Eq. 5
+    beta        budget                      the share that a domain may have on
+    lambda_d    multiplier[domain]          rises while a domain is over its budget
+    lambda_PS   sharing                     weight of the sharing loss
     L           cross_entropy               in the training loop, see train.py
 
   [1] dos Santos et al., Parameter Sharing in Budget-Aware Adapters for Multi-Domain Learning, 2022
@@ -22,26 +22,28 @@ The whole method in one file that needs only torch. Copy it, or the section that
   [4] Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013
   [5] Molchanov et al., Importance Estimation for Neural Network Pruning, 2019
 
-Equations and tables are those of [1], "the paper"; Eq. 6, the score S, is in evaluate.py. This file
-does not train, read images or print. Grouped convolutions and linear layers get no switches.
+Equations and tables are those of [1]; Eq. 6, the score S, is in evaluate.py. This file does not
+train, read images or print. Grouped convolutions and linear layers get no switches.
 """
 import contextlib
 import copy
+import keyword
 import os
 import pickle
+import re
 import zipfile
 
 import torch
 import torch.fx as fx
 
-# -------- 1  Layers: straight-through estimator, switched convolution, what a domain has one of ----
+# -------- 1  Layers: straight-through estimator, switched convolution, a module for each domain ---
 
 nn = torch.nn            # here, so that sections 1 to 3 run under `import copy` and `import torch`
 F = torch.nn.functional
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: one line that names it and says what to do."""
+    """What the user gave cannot be used: one line that says what, and what to do."""
 
 
 class Binarize(torch.autograd.Function):
@@ -60,10 +62,7 @@ binarize = Binarize.apply
 
 
 class SwitchedConvolution(torch.autograd.Function):
-    """conv2d(s * x, W) for binary s (C_in,) and a frozen W (Eq. 3).
-
-    The same as with autograd, but s * x is not kept in memory: the backward pass needs x alone.
-    """
+    """conv2d(s * x, W) for binary s (C_in,) and a frozen W (Eq. 3), without keeping s * x."""
 
     @staticmethod
     def forward(ctx, x, s, weight, bias, *geometry):
@@ -93,12 +92,9 @@ class SwitchedConvolution(torch.autograd.Function):
 
 
 class SwitchedConv2d(nn.Conv2d):
-    """nn.Conv2d that reads only the input channels that are on (Eq. 3), with the same arguments.
+    """nn.Conv2d that reads only the input channels that are on (Eq. 3)."""
 
-    switches: (C_in,) real numbers, set before forward; None: every channel is read.
-    """
-
-    switches = None
+    switches = None     # (C_in,) real numbers, set before forward; None: every channel is read
 
     def forward(self, x):
         if self.switches is None:
@@ -113,20 +109,17 @@ class SwitchedConv2d(nn.Conv2d):
 
 
 class PerDomain(nn.ModuleDict):
-    """One module for each domain: {domain: module}. forward runs that of the domain at work.
-
-    domain: set before forward; InputError where it is None, as in a part that is run on its own.
-    """
+    """{domain: module}. forward runs that of `domain`, which is set before."""
 
     domain = None
 
     def forward(self, *inputs):
         if self.domain is None:
-            raise InputError("no domain is at work: call, and checkpoint, network(images, domain)")
+            raise InputError("no domain is set: call, and checkpoint, network(images, domain)")
         return self[self.domain](*inputs)
 
 
-# -------- 2  Networks: a plain WRN-28, and MultiDomain, which adapts any network (Eq. 1) -----------
+# -------- 2  Networks: a plain WRN-28, and MultiDomain, which adapts any network (Eq. 1) ----------
 
 class BasicBlock(nn.Module):
     """The pre-activation block of [3]."""
@@ -150,10 +143,9 @@ class BasicBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-widen_factor [3], an ordinary network; WRN-28-4 is the paper's backbone.
+    """WRN-depth-widen_factor [3]; WRN-28-4 is the paper's backbone.
 
-    (B, 3, H, W) -> (B, num_classes). Three groups of (depth - 4) / 6 blocks, of 16, 32 and 64 times
-    widen_factor channels. Each halves the resolution, the first one too (unlike Zagoruyko's).
+    Three groups of (depth - 4) / 6 blocks; each halves the resolution, in [3] the first does not.
     """
 
     def __init__(self, depth=28, widen_factor=4, num_classes=1000):
@@ -196,17 +188,16 @@ NORMS = nn.modules.batchnorm._NormBase      # of batch and instance: they may ha
 class MultiDomain(nn.Module):
     """A frozen network that serves many domains, and what each of them owns (Eq. 1).
 
-    backbone: a plain, trained network, (B, C, S, S) -> (B, classes). A copy of it keeps its forward.
-    Its nn.Conv2d become SwitchedConv2d, but those that read the image; its batch-norms and its last
-    nn.Linear become PerDomain; all else is shared. domains: {name: number of classes}. source: the
-    domain that it was trained on, without switches. image_size: S.
+    backbone: a plain, trained network, (B, C, S, S) -> (B, classes), which is copied. Its nn.Conv2d
+    become SwitchedConv2d, but those that read the image; batch-norms and the last nn.Linear become
+    PerDomain. domains: {name: number of classes}. source: what it was trained on, without switches.
 
-    switches: {domain: (M,) parameter}, for any optimizer. layers: names of the convolutions, in the
-    order of a row. owned: names of the PerDomain modules, with `classifier` among them. kept:
-    {layer: (C,) bool}, channels that pruning left. channels: C.
+    switches: {domain: (M,) parameter}. layers: names of the SwitchedConv2d, in the order of a row.
+    owned: names of the PerDomain, `classifier` among them. kept: {layer: (C_in,) bool}, what pruning
+    left. channels: C; image_size: S.
 
-    InputError, by its name, for a convolution or norm that is called twice or never, and for what
-    changes in training though all domains share it. Threads that call networks take turns.
+    InputError for a layer that is called twice or never, or changes in training though all share
+    it. Threads take turns.
     """
 
     def __init__(self, backbone, domains={}, source="imagenet", image_size=224):
@@ -222,64 +213,62 @@ class MultiDomain(nn.Module):
         keep_tensors(self.backbone)
         called, self.channels = layers_called(self.backbone, self.name, image_size)
         self.classifier = called[-1]
+        self.whole = {}                     # {shared parameter: its size before pruning}
+        self.norm_channels = 0
+        for name in called[:-1]:
+            if isinstance(self.layer(name), NORMS):
+                self.norm_channels += self.layer(name).num_features
+                continue
+            for key, parameter in self.layer(name).named_parameters(recurse=False):
+                self.whole[f"{name}.{key}".lstrip(".")] = parameter.numel()
         self.give_parts([self.layer(name) for name in called])
-        modules = dict(self.backbone.named_modules())
-        self.layers = [name for name in modules if isinstance(modules[name], SwitchedConv2d)]
-        self.owned = [name for name in modules if isinstance(modules[name], PerDomain)]
+        self.owned = []
+        self.kept = {}
+        for name, module in self.backbone.named_modules():
+            if isinstance(module, PerDomain):
+                self.owned.append(name)
+            elif isinstance(module, SwitchedConv2d):
+                self.kept[name] = torch.ones(module.in_channels, dtype=torch.bool, device="cpu")
+        self.layers = list(self.kept)
         if not self.layers:
             raise InputError(f"{self.name} has no nn.Conv2d that reads another layer's channels")
-        self.kept = {}
-        for name in self.layers:
-            self.kept[name] = torch.ones(modules[name].in_channels, dtype=torch.bool, device="cpu")
-        self.whole = {}                     # {shared parameter: its size before pruning}
-        for name, parameter in self.backbone.named_parameters(remove_duplicate=False):
-            owner = name.rpartition(".")[0]
-            if owner in called and owner.rpartition(".")[0] not in self.owned:
-                self.whole[name] = parameter.numel()
-        norms = [part[source] for part in self.parts() if part is not modules[self.classifier]]
-        self.norm_channels = sum(norm.num_features for norm in norms)
         self.switches = nn.ParameterDict()
         for domain, number in domains.items():
             self.add_domain(domain, number)
 
     def give_parts(self, called):
-        """Turn the layers that are called into switched and per-domain ones, in place."""
+        """Turn layers into SwitchedConv2d and PerDomain, in place."""
         convs = [layer for layer in called if isinstance(layer, nn.Conv2d)]
-        for conv in convs:                  # the first one reads the image
-            if is_conv(conv) and conv.groups == 1 and conv.in_channels != convs[0].in_channels:
-                conv.__class__ = SwitchedConv2d
-        parts = {}
+        names = list(self.backbone.named_modules(remove_duplicate=False))
         for layer in called:
             if isinstance(layer, NORMS) or layer is called[-1]:
-                parts[layer] = PerDomain({self.source: layer})
-                parts[layer].training = layer.training
-        for parent in list(self.backbone.modules()):
-            for name, layer in list(parent._modules.items()):
-                if layer in parts and not isinstance(parent, PerDomain):
-                    setattr(parent, name, parts[layer])
+                part = PerDomain({self.source: layer})
+                part.training = layer.training
+                for name, module in names:  # it may have several
+                    if module is layer:
+                        self.backbone.set_submodule(name, part)
+            elif is_conv(layer) and layer.groups == 1:
+                if layer.in_channels != convs[0].in_channels:       # the first one reads the image
+                    layer.__class__ = SwitchedConv2d
 
     def layer(self, name):
-        """The module of the backbone that has this name."""
         return self.backbone.get_submodule(name)
 
     def parts(self):
-        """The PerDomain modules: batch-norms and classifiers."""
         return [self.layer(name) for name in self.owned]
 
     @property
     def classes(self):
-        """{domain: number of classes} of all domains that are served, the source among them."""
+        """{domain: number of classes}, the source's too."""
         linears = self.layer(self.classifier)
         return {domain: linear.out_features for domain, linear in linears.items()}
 
     @property
     def domains(self):
-        """The adapted domains, in the order in which they came; the source is not among them."""
         return [domain for domain in self.classes if domain != self.source]
 
     def add_domain(self, domain, num_classes):
-        """Switches at 1e-3, a fresh classifier, and a copy of the source's batch-norms, or of the
-        first domain's where the source is pruned away."""
+        """Switches at 1e-3, a fresh classifier, and a copy of the first domain's batch-norms."""
         check_name(domain)
         if domain in self.classes or domain == self.source:
             raise InputError(f"domain {domain} is there already: give each one once")
@@ -301,7 +290,7 @@ class MultiDomain(nn.Module):
             del part[domain]
 
     def owned_parameters(self, domains=None):
-        """Those of the batch-norms and classifiers of `domains` (default: all adapted ones)."""
+        """Of the batch-norms and classifiers of `domains` (default: all adapted)."""
         result = []
         for domain in served(self, domains):
             for part in self.parts():
@@ -309,7 +298,7 @@ class MultiDomain(nn.Module):
         return result
 
     def freeze_backbone(self):
-        """Stop the gradient of all that no adapted domain owns."""
+        """Train only what the adapted domains own."""
         self.requires_grad_(False)
         for parameter in (*self.switches.values(), *self.owned_parameters()):
             parameter.requires_grad_(True)
@@ -329,7 +318,7 @@ class MultiDomain(nn.Module):
             for part in parts:
                 part.domain = domain
             if domain in self.switches:
-                rows = self.switches[domain].split([layer.in_channels for layer in layers])
+                rows = self.switches[domain].split(widths(self))
                 for layer, row in zip(layers, rows):
                     layer.switches = row
             logits = self.backbone(images)
@@ -342,7 +331,7 @@ class MultiDomain(nn.Module):
 
 
 def served(network, domains=None):
-    """`domains` as a list, default all adapted ones; InputError unless each of them is served."""
+    """`domains` as a list (default: all adapted); InputError unless all of them are served."""
     domains = network.domains if domains is None else domains
     if isinstance(domains, str) or not set(domains) <= set(network.classes):
         raise InputError(f"{domains!r} is no list of domains out of {', '.join(network.classes)}")
@@ -350,12 +339,12 @@ def served(network, domains=None):
 
 
 def switched_layers(network):
-    """{name: SwitchedConv2d}, in the order in which a row of switches has them."""
+    """{name: SwitchedConv2d}, in the order of a row of switches."""
     return {name: network.layer(name) for name in network.layers}
 
 
 def widths(network):
-    """[number of switches of each layer], as a row is split."""
+    """The number of switches of each layer: row.split(widths(network))."""
     return [layer.in_channels for layer in switched_layers(network).values()]
 
 
@@ -363,17 +352,17 @@ def check_name(domain):
     """InputError unless `domain` can name a part of a torch module."""
     taken = hasattr(PerDomain(), str(domain)) or hasattr(nn.ParameterDict(), str(domain))
     if taken or not domain or not isinstance(domain, str) or "." in domain:
-        raise InputError(f"domain name {domain!r} cannot name a part of a torch module: rename it")
+        raise InputError(f"{domain!r} cannot name a part of a torch module: rename the domain")
 
 
 def is_conv(layer):
-    """Whether it is a plain convolution, with a parameter as its weight."""
+    """Whether it is a plain convolution, not a subclass or parametrized."""
     plain = type(layer) in (nn.Conv2d, SwitchedConv2d)
     return plain and isinstance(layer.weight, nn.Parameter)
 
 
 def keep_tensors(backbone):
-    """Make persistent buffers of the tensors that modules have: so they move and are saved."""
+    """Make buffers of the tensors that modules have: they move and are saved."""
     for module in backbone.modules():
         for name, value in [*vars(module).items(), *module.named_buffers(recurse=False)]:
             if type(value) is torch.Tensor:
@@ -381,46 +370,42 @@ def keep_tensors(backbone):
                 module.register_buffer(name, value)
 
 
+@torch.no_grad()
 def layers_called(backbone, name, image_size):
-    """(names of the modules in the order in which evaluation calls them, at the end the linear layer
-    of the logits; channels of the images), from a run on random images in each mode."""
-    for channels in (3, 1):
-        images = torch.rand(2, channels, image_size, image_size, generator=torch.Generator("cpu"))
-        try:
-            called, _, logits = watch(backbone, images, training=False)
-            trained, after, _ = watch(backbone, images, training=True)
-            break
-        except Exception as error:
-            problem = one_line(error) if channels == 3 else problem
-    else:
-        raise InputError(f"{name} cannot run on {image_size} pixels: {problem}")
+    """([names of the modules as evaluation calls them, the linear layer of the logits last],
+    channels of the images): from a run of a copy in each mode."""
+    sizes = [layer.in_channels for layer in backbone.modules() if isinstance(layer, nn.Conv2d)]
+    channels = 1 if 1 in sizes and 3 not in sizes else 3
+    images = torch.rand(2, channels, image_size, image_size, generator=torch.Generator("cpu"))
+    images = images.to(next(backbone.parameters()))
+    trial = copy.deepcopy(backbone)
+    order = []
+    for key, module in trial.named_modules():
+        module.register_forward_pre_hook(lambda module, inputs, key=key: order.append(key))
+    try:
+        with torch.random.fork_rng():       # whoever asks draws the same random numbers afterwards
+            trial.train()(images)
+            trained = set(order)
+            order.clear()
+            logits = trial.eval()(images)
+    except Exception as error:
+        raise InputError(f"{name} cannot run on {image_size} pixels: {one_line(error)}") from None
     modules = dict(backbone.named_modules())
-    kinds = [layer for layer in modules if isinstance(modules[layer], (nn.Conv2d, NORMS))]
-    last = [layer for layer in called if isinstance(modules[layer], nn.Linear)][-1:]
+    kinds = [key for key in modules if isinstance(modules[key], (nn.Conv2d, NORMS))]
+    last = [key for key in order if isinstance(modules[key], nn.Linear)][-1:]
     if not last or getattr(logits, "shape", None) != (2, modules[last[0]].out_features):
         raise InputError(f"{name} needs an nn.Linear at its end that makes its output, logits")
-    for layer in kinds + last:
-        if called.count(layer) > 1:
-            raise InputError(f"{name}: {layer} is called twice: each call needs a layer of its own")
-        if layer not in called + trained:
-            raise InputError(f"{name}: {layer} is never called: take it out of the network")
+    for key in kinds + last:
+        if order.count(key) > 1:
+            raise InputError(f"{name}: {key} is called twice: use a layer for each call")
+        if key not in trained.union(order):
+            raise InputError(f"{name}: {key} is never called: take it out of the network")
+    after = dict(trial.named_buffers())
     for key, value in backbone.named_buffers():
         if key.rpartition(".")[0] not in kinds and not torch.equal(value, after[key]):
             raise InputError(f"{name}: {key} changes in training, but all domains share it")
-    called.remove(last[0])
-    return called + last, channels
-
-
-@torch.no_grad()
-def watch(backbone, images, training):
-    """(names of the modules at each of their calls, buffers afterwards, output) of a copy."""
-    trial = copy.deepcopy(backbone).train(training)
-    order = []
-    for name, module in trial.named_modules():
-        module.register_forward_pre_hook(lambda module, inputs, name=name: order.append(name))
-    with torch.random.fork_rng():           # whoever asks draws the same random numbers afterwards
-        output = trial(images.to(next(backbone.parameters())))
-    return order, dict(trial.named_buffers()), output
+    order.remove(last[0])
+    return order + last, channels
 
 
 def one_line(error):
@@ -428,13 +413,13 @@ def one_line(error):
     return f"{type(error).__name__}: {words:.300}"
 
 
-# -------- 3  The losses (Eq. 4, 5), the multiplier's step, the floor, start and budget of switches -
+# -------- 3  The losses (Eq. 4, 5), the multiplier's step, floor, start and budget of switches ----
 
 def binarized(network, moving=None):
-    """s, (N, M): the binary switches of all adapted domains, in the order of network.domains.
+    """s, (N, M): the binary switches of network.domains.
 
-    moving: the domains that get a gradient (default: all). The others get none, since a gradient of
-    0 would still let Adam's momentum move them.
+    moving: the domains that get a gradient, by default all; a gradient of 0 would not do, since
+    Adam's momentum moves on.
     """
     rows = []
     for domain in network.domains:
@@ -444,22 +429,16 @@ def binarized(network, moving=None):
 
 
 def budget_loss(usage, budget, multiplier):
-    """L_B = max(0, lambda_d (usage - beta)) of one domain (Eq. 4, section 3.1).
-
-    usage: scalar, mean(s_d) or another share that is on; multiplier: lambda_d, 0 or more.
-    """
+    """L_B = max(0, lambda_d (usage - beta)) of one domain (Eq. 4); usage: mean(s_d), say."""
     return F.relu(multiplier * (usage - budget))
 
 
 def sharing_loss(s, budget, form="intersection"):
-    """L_PS / lambda_PS = max(0, excess), for domains that do not use the same channels; by `form`:
+    """L_PS / lambda_PS for s (N, M), the switches of all domains: max(0, ...) of
 
-        intersection    1 - |s_1 & ... & s_N| / (M beta)               (Eq. 5)
-        union           |s_1 or ... or s_N| / (M beta) - 1             (our reading of the journal
+        intersection    1 - |s_1 & ... & s_N| / (M beta)                (Eq. 5)
+        union           |s_1 or ... or s_N| / (M beta) - 1              (our reading of the journal
         jaccard         1 - |s_1 & ... & s_N| / |s_1 or ... or s_N|     version, arXiv 2309.11464)
-
-    s: (N, M) binary, of all domains. The intersection is the sum over switches of the product over
-    domains. With the other domains detached the paper saw no sharing (supplement A).
     """
     both = s.prod(dim=0).sum()
     either = (1 - (1 - s).prod(dim=0)).sum()
@@ -472,10 +451,9 @@ def sharing_loss(s, budget, form="intersection"):
 
 
 def next_multiplier(multiplier, usage, budget, rate=0.3):
-    """lambda_d + rate (usage - beta), never below 0: after a step, for the next one (section 3.1).
+    """max(0, lambda_d + rate (usage - beta)), for the next step (section 3.1).
 
-    It has to rise slowly. All switches start alike and Adam moves each by about its rate: a budget
-    loss that outweighs the cross-entropy sends them through zero together.
+    If it rises fast, the budget loss outweighs the cross-entropy and all switches go off together.
     """
     usage = usage.item() if isinstance(usage, torch.Tensor) else usage
     return max(0.0, multiplier + rate * (usage - budget))
@@ -483,7 +461,7 @@ def next_multiplier(multiplier, usage, budget, rate=0.3):
 
 @torch.no_grad()
 def keep_a_channel(network, domains):
-    """In a layer where one of `domains` has no channel on, switch its strongest one on."""
+    """Switch the strongest channel on where one of `domains` has none on in a layer."""
     rows = torch.stack([network.switches[domain] for domain in domains])                 # (N, M)
     strongest = [part.amax(dim=1) for part in rows.split(widths(network), dim=1)]
     for n, layer in (torch.stack(strongest, dim=1) <= 0).nonzero().tolist():
@@ -492,7 +470,7 @@ def keep_a_channel(network, domains):
 
 
 def ranked(network, value):
-    """(M,) positions of the switches: the best of each layer, then the rest, by `value`."""
+    """(M,) positions of the switches by `value`, but the best of each layer first."""
     value = value.clone()
     for layer in value.split(widths(network)):
         layer[layer.argmax()] = torch.inf
@@ -503,46 +481,46 @@ def ranked(network, value):
 def start_switches(network, domain, importance, cost, room, spread=1e-2):
     """Give the switches of `domain` values in the order of importance per cost, before the search.
 
-    As many are positive as the budget has room for, one in each layer first. Values fall evenly
-    from `spread` to 0 and on to -spread: the best of those that are off lie just below 0.
-    importance: (M,), as the mean square of a switch's gradient [5]; cost: (M,), see costs; room: the
-    budget less the share that no switch governs, enough for a channel in each layer.
+    They fall evenly from `spread` to -spread; as many are positive as fit into `room`, one in each
+    layer first. importance: (M,), the mean square of a switch's gradient [5]; cost: (M,), see
+    costs; room: the budget less what no switch governs, enough for a channel in each layer.
     """
     order = ranked(network, importance / cost)
     number = int((cost[order].cumsum(0) <= room + 1e-9).sum())
     on = torch.linspace(spread, 0, number + 1)[:-1]
     off = torch.linspace(0, -spread, len(order) - number + 1)[1:]
     row = network.switches[domain]
-    row[order.to(row.device)] = torch.cat([on, off]).to(row)
+    row[order] = torch.cat([on, off]).to(row)
 
 
 @torch.no_grad()
 def hold_budget(network, domain, cost, room):
-    """Switch the least switches of `domain` off until its budget holds; cost, room: as above."""
+    """Switch the least switches of `domain` off until the others' cost fits into `room`."""
     row = network.switches[domain]
     value = torch.where(row > 0, row, -torch.inf).to("cpu", torch.double)
     order = ranked(network, value)
     over = order[cost[order].cumsum(0) > room + 1e-9]
-    row[over[value[over] > 0].to(row.device)] = 0
+    row[over[value[over] > 0]] = 0
 
 
-# -------- 4  What it costs, relative to the backbone: from masks and one table of its layers -------
+# -------- 4  What it costs, relative to the backbone: from masks and one table of its layers ------
 
 BUDGETS = ("layers", "channels", "macs", "params")
 
 
-def read(network, domain):
-    """(M,) bool, on the CPU: the switches that `domain` has on. The source reads all."""
-    if domain not in network.switches:
-        return torch.ones(sum(widths(network)), dtype=torch.bool)
-    return network.switches[domain].detach().cpu() > 0
+def read(network, *domains):
+    """(M,) bool, on the CPU: which channels any of `domains` reads; the source reads all."""
+    on = torch.zeros(sum(widths(network)), dtype=torch.bool)
+    for domain in domains:
+        if domain in network.switches:
+            on |= network.switches[domain].detach().cpu() > 0
+        else:
+            on[:] = True
+    return on
 
 
 def masks(network, domains=None):
-    """{layer: (N, C) bool, on the CPU}: which of the backbone's C input channels `domains` read.
-
-    domains: default all adapted ones; the source reads all. What is pruned away is off.
-    """
+    """{layer: (N, C) bool, on the CPU}: which of the backbone's input channels `domains` read."""
     domains = served(network, domains)
     result = {}
     for name, kept in network.kept.items():
@@ -553,11 +531,17 @@ def masks(network, domains=None):
     return result
 
 
-def table(network, image_size=None):
-    """{shared layer: its weights in the backbone}; biases have names of their own.
+def channels_of(network, domains):
+    """{layer: (C_in,) bool}: which of its channels any of `domains` reads."""
+    for domain in domains:
+        for name, on in zip(network.layers, read(network, domain).split(widths(network))):
+            if not on.any():
+                raise InputError(f"{domain} has no channel on in {name}: every layer needs one")
+    return dict(zip(network.layers, read(network, *domains).split(widths(network))))
 
-    With image_size {shared layer: its MACs for a crop}, by THOP. What pruning took counts too.
-    """
+
+def table(network, image_size=None):
+    """{shared layer: its weights before pruning}; with image_size its MACs for a crop, by THOP."""
     whole = {name.removesuffix(".weight"): number for name, number in network.whole.items()}
     if image_size is None:
         return whole
@@ -568,35 +552,33 @@ def table(network, image_size=None):
     operations = {}
 
     def count(layer, inputs, output):
-        if names[layer] in whole:                               # a classifier is not
-            (count_linear if isinstance(layer, nn.Linear) else count_convNd)(layer, inputs, output)
-            pruned = whole[names[layer]] / layer.weight.numel()
-            operations[names[layer]] = round(int(layer.total_ops) * pruned)
+        name = names[layer]
+        if name in whole:                                       # a classifier is not
+            rule = count_linear if isinstance(layer, nn.Linear) else count_convNd
+            rule(layer, inputs, output)
+            operations[name] = whole[name] * int(layer.total_ops) // layer.weight.numel()
 
-    first = next(network.backbone.parameters())
-    images = first.new_zeros(1, network.channels, image_size, image_size)
+    images = torch.zeros(1, network.channels, image_size, image_size)
+    crop = images.to(next(network.parameters())), next(iter(network.classes))
     kinds = SwitchedConv2d, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear
-    domain = next(iter(network.classes))
-    profile(network, (images, domain), dict.fromkeys(kinds, count), verbose=False)  # by exact type
+    profile(network, crop, dict.fromkeys(kinds, count), verbose=False)      # by exact type
     return operations
 
 
 def costs(network, of="layers", image_size=None):
-    """((M,) float64, what each switch costs; the share that no switch governs): all together is 1.
+    """((M,) float64, what each switch costs; what no switch governs): 1 in all, before pruning.
 
     of: layers, the paper's, 1 / (number of layers * C): usage is 1 - the sparsity of Table 7;
-    channels, 1 / M; macs, params: a channel's share of the MACs or weights of the shared layers.
+    channels, 1 / M; macs, params: a channel's share of those of the shared layers.
     """
     if of not in BUDGETS:
         raise InputError(f"budget of {of!r}: choose among {', '.join(BUDGETS)}")
-    if of == "layers":
-        whole = dict.fromkeys(network.layers, 1)
-    elif of == "channels":
-        whole = {name: len(kept) for name, kept in network.kept.items()}
-    elif of == "macs":
+    if of == "macs":
         whole = table(network, image_size or network.image_size)
-    else:
+    elif of == "params":
         whole = table(network)
+    else:
+        whole = {name: len(kept) if of == "channels" else 1 for name, kept in network.kept.items()}
     total = sum(whole.values())
     cost = []
     for name, kept in network.kept.items():
@@ -607,88 +589,72 @@ def costs(network, of="layers", image_size=None):
 
 
 def share(network, domains=None, of="layers", image_size=None):
-    """Share of the backbone, in the measure `of`, that any of `domains` reads."""
+    """Share of the backbone that any of `domains` reads; of: see costs."""
     cost, fixed = costs(network, of, image_size)
-    on = torch.stack([read(network, domain) for domain in served(network, domains)])
-    return fixed + float(cost @ on.any(dim=0).double())
+    return fixed + float(cost @ read(network, *served(network, domains)).double())
 
 
 def usage(network, of="layers", image_size=None, domains=None):
-    """{domain: share in the measure `of` that it has on}, what is held against the budget."""
+    """{domain: share of the backbone that it reads}, which is held against the budget."""
     cost, fixed = costs(network, of, image_size)
     domains = served(network, domains)
     return {domain: fixed + float(cost @ read(network, domain).double()) for domain in domains}
 
 
 def sparsity(network, domains=None):
-    """({domain: share off}, share off in all domains): means over layers, as in Table 7."""
+    """({domain: share off}, share off in all): means over layers, as in Table 7."""
     off = {domain: max(0.0, 1 - use) for domain, use in usage(network, domains=domains).items()}
     return off, max(0.0, 1 - share(network, domains))
 
 
 def params(network, domains=None):
-    """Memory that `domains` need, relative to the backbone (Table 2), without what none of them reads.
+    """Memory that `domains` need, relative to the shared layers (Table 2).
 
-    All but classifiers: weights, four floats (weight, bias, mean, variance) per batch-norm channel
-    and domain, 32 bits a float, 1 bit a switch. The backbone is the shared layers alone: WRN-28-4 with
-    ten domains and every switch on is at 1.025. The source counts only if it is named.
+    Weights that any of them reads and four numbers per batch-norm channel and domain, of 32 bits; 1
+    bit a switch; no classifiers.
     """
     domains = served(network, domains) or [network.source]
-    adapted = [domain for domain in domains if domain != network.source]
-    channels = sum(int(mask.any(dim=0).sum()) for mask in masks(network, domains).values())
-    own = 4 * network.norm_channels * len(domains) + channels / 32 * len(adapted)
+    adapted = set(domains) - {network.source}
+    bits = int(read(network, *domains).sum()) * len(adapted)
+    own = 4 * network.norm_channels * len(domains) + bits / 32
     return share(network, domains, "params") + own / sum(network.whole.values())
 
 
 def macs(network, domains=None, image_size=None):
-    """Multiply-accumulates of the shared layers for one crop, with the channels that `domains` read.
+    """Multiply-accumulates of the shared layers for one crop, with every filter, as in the paper.
 
-    [domain]: of that domain; None: of the backbone. Every filter counts, as in the paper; batch-norm
-    (0.3% of WRN-28-4) and classifiers do not.
+    domains: with the channels that they read; None: of the backbone.
     """
     operations = table(network, image_size or network.image_size)
     if domains is not None:
-        for name, mask in masks(network, domains).items():
-            operations[name] *= mask.any(dim=0).double().mean().item()
+        on = read(network, *served(network, domains)).split(widths(network))
+        for name, part in zip(network.layers, on):
+            operations[name] *= int(part.sum()) / len(network.kept[name])
     return round(sum(operations.values()))
 
 
 @torch.no_grad()
 def reestimate_batch_norm(network, domain, batches):
-    """Set the running statistics of `domain` to the mean over `batches`, for the switches it has now.
+    """Set the running statistics of `domain` to their mean over `batches` of (images, labels).
 
-    batches: of (images, labels), as a DataLoader gives them. While switches move, statistics describe
-    a network that is gone (EagleEye, ECCV 2020). They stay if something is raised, InputError for no
-    batch among it. Modes are restored.
+    Those of before are of other switches (EagleEye, ECCV 2020).
     """
     served(network, [domain])
-    norms = [part[domain] for part in network.parts()]
-    norms = [norm for norm in norms if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
-    before = [(copy.deepcopy(norm.state_dict()), norm.momentum) for norm in norms]
-    modes = [(module, module.training) for module in network.modules()]
+    trial = copy.deepcopy(network).train()          # if something is raised, `network` is as before
+    for part in trial.parts():
+        if isinstance(part[domain], nn.modules.batchnorm._BatchNorm):
+            part[domain].reset_running_stats()
+            part[domain].momentum = None            # torch's cumulative average
     done = 0
-    try:
-        network.train()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None            # torch's cumulative average
-        for images, _ in batches:
-            network(images, domain)
-            done += 1
-        if not done:
-            raise InputError(f"no batch of {domain} to re-estimate its batch-norm from")
-    except BaseException:
-        for norm, (state, _) in zip(norms, before):
-            norm.load_state_dict(state)
-        raise
-    finally:
-        for norm, (_, momentum) in zip(norms, before):
-            norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
+    for done, (images, _) in enumerate(batches, 1):
+        trial(images, domain)
+    if not done:
+        raise InputError(f"no batch of {domain} to re-estimate its batch-norm from")
+    for part, measured in zip(network.parts(), trial.parts()):
+        part[domain].load_state_dict(measured[domain].state_dict())
 
 
-# -------- 5  Pruning: from the last layer back to the first, who reads which channel ----------------
+# -------- 5  Pruning: from the last layer back to the first, who reads which channel --------------
 
 class Select(nn.Module):
     """The channels `index` of x: (B, C, ...) -> (B, len(index), ...)."""
@@ -705,57 +671,29 @@ class Select(nn.Module):
         return chosen.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
 
 
-class Value(str):
-    """In the steps of a Pruned, the name of what another step yields."""
+class Code:
+    """The function that torch.fx writes for a graph; copies and pickles compile it anew."""
+
+    def __init__(self, source, names):
+        keywords = "|".join(keyword.kwlist)         # a layer may be called `global`
+        self.source = re.sub(rf"\.({keywords})\b", r'.__getattr__("\1")', source)
+        self.names = {}
+        for name, value in names.items():
+            if not isinstance(value, type(torch)):  # modules cannot be copied
+                self.names[name] = value
+        scope = {"torch": torch, **self.names}
+        exec(self.source, scope)
+        self.function = scope["forward"]
+
+    def __reduce__(self):
+        return Code, (self.source, self.names)
 
 
 class Pruned(nn.Module):
-    """What is left of a backbone: its modules and attributes, and its forward as a list of steps."""
-
-    def __init__(self, backbone, graph):
-        super().__init__()
-        vars(self).update(vars(backbone))
-        self._steps = []                    # (name, kind, target, args, kwargs, what is used no more)
-        needed = set()
-        for node in reversed(graph.nodes):
-            args, kwargs = replace((node.args, node.kwargs), fx.Node, lambda one: Value(one.name))
-            done = [one.name for one in node.all_input_nodes if one not in needed]
-            needed.update(node.all_input_nodes)
-            self._steps.insert(0, (node.name, node.op, node.target, args, kwargs, done))
+    """The class of a pruned backbone, with a graph's code as its forward."""
 
     def forward(self, images):
-        values = {}
-        for name, kind, target, args, kwargs, done in self._steps:
-            args, kwargs = replace((args, kwargs), Value, values.get)
-            if kind == "placeholder":
-                values[name] = images
-            elif kind == "get_attr":
-                parent, _, last = target.rpartition(".")
-                values[name] = getattr(self.get_submodule(parent), last)
-            elif kind == "call_module":
-                values[name] = self.get_submodule(target)(*args, **kwargs)
-            elif kind == "call_method":
-                values[name] = getattr(args[0], target)(*args[1:], **kwargs)
-            elif kind == "call_function":
-                values[name] = target(*args, **kwargs)
-            else:                           # output
-                return args[0]
-            for one in done:
-                del values[one]
-
-
-def replace(argument, kind, by):
-    """`argument` with by(one) in place of each `one` of this kind in it."""
-    if isinstance(argument, kind):
-        return by(argument)
-    if isinstance(argument, (tuple, list)):
-        parts = [replace(part, kind, by) for part in argument]
-        return tuple(parts) if isinstance(argument, tuple) else parts
-    if isinstance(argument, dict):
-        return {key: replace(part, kind, by) for key, part in argument.items()}
-    if isinstance(argument, slice):
-        return slice(*replace((argument.start, argument.stop, argument.step), kind, by))
-    return argument
+        return self._code.function(self, images)
 
 
 class Tracer(fx.Tracer):
@@ -764,17 +702,23 @@ class Tracer(fx.Tracer):
         bare = not [*module.children(), *module.parameters(), *module.buffers()]
         return own or bare or super().is_leaf_module(module, name)
 
+    def create_arg(self, value):
+        if type(value) is torch.Tensor and all(value is not one for one in self.root.buffers()):
+            self.root.register_buffer(free_name(self.root, "constant"), value)     # of forward
+        return super().create_arg(value)
+
 
 class Recorder(fx.Interpreter):
     """Keeps in node.meta what a node yields, and the operands that it writes into."""
 
     def run_node(self, node):
-        values = [self.env[operand] for operand in node.all_input_nodes]
-        before = [getattr(value, "_version", 0) for value in values]
+        before = {}
+        for operand in node.all_input_nodes:
+            before[operand] = getattr(self.env[operand], "_version", 0)
         node.meta["value"] = super().run_node(node)
         node.meta["written"] = []
-        for operand, value, version in zip(node.all_input_nodes, values, before):
-            if getattr(value, "_version", 0) > version:
+        for operand, version in before.items():
+            if getattr(self.env[operand], "_version", 0) > version:
                 node.meta["written"].append(operand)
         return node.meta["value"]
 
@@ -783,27 +727,23 @@ class Recorder(fx.Interpreter):
 def trace(network):
     """The graph of the backbone's forward, run once; InputError if torch.fx cannot follow it.
 
-    What writes into a tensor that is read again later writes into a copy of it: pruning may put a
-    Select in between.
+    What writes into a tensor that is read later gets a copy: a Select may come between.
     """
     size = 2, network.channels, network.image_size, network.image_size
     try:
-        known = list(vars(network.backbone))
         graph = Tracer().trace(network.backbone)
-        keep_constants(network.backbone, graph, known)
         for part in network.parts():
             part.domain = next(iter(part))
         Recorder(network.backbone, graph=graph).run(next(network.parameters()).new_zeros(size))
     except Exception as error:
-        problem = f"torch.fx cannot follow its forward: {one_line(error)}"
-        raise InputError(f"{network.name}: {problem}") from None
+        raise InputError(f"torch.fx cannot follow {network.name}: {one_line(error)}") from None
     finally:
         for part in network.parts():
             part.domain = None
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    for node in place:
+    nodes = list(graph.nodes)
+    for number, node in enumerate(nodes):
         for operand in node.meta["written"]:
-            later = [user for user in operand.users if place.get(user, 0) > place[node]]
+            later = set(operand.users).intersection(nodes[number + 1:])
             if later:
                 with graph.inserting_before(node):
                     clone = graph.call_method("clone", (operand,))
@@ -811,16 +751,6 @@ def trace(network):
                 node.replace_input_with(operand, clone)
                 operand.replace_all_uses_with(node, lambda user: user in later)
     return graph
-
-
-def keep_constants(backbone, graph, known):
-    """Make buffers, under names that do not depend on earlier traces, of the tensors that forward makes."""
-    for name in [name for name in vars(backbone) if name not in known]:
-        constant = free_name(backbone, "constant")
-        backbone.register_buffer(constant, vars(backbone).pop(name))
-        for node in graph.nodes:
-            if node.op == "get_attr" and node.target == name:
-                node.target = constant
 
 
 def free_name(module, name):
@@ -844,29 +774,35 @@ def width(node):
     return value.shape[1] if isinstance(value, torch.Tensor) and value.dim() > 1 else 0
 
 
+def positions(mask):
+    return mask.nonzero().flatten()
+
+
+def concatenates(node):
+    dim = [*node.args[1:], *node.kwargs.values()]
+    return node.target is torch.cat and dim == [1] and node.all_input_nodes == list(node.args[0])
+
+
 def channelwise(network, node, operand):
     """Whether `node`, without weights, makes channel c of channel c of `operand` and of no other.
 
-    It is tried, with half as many channels too. Where a channel is not a number, what is made of it
-    must not be one, and the rest must.
+    It is tried, with half as many channels too: the result must be NaN where a channel is.
     """
+    layer = layer_of(network, node)
+    if node.op == "output" or layer is not None and [*layer.parameters(), *layer.buffers()]:
+        return False
+    if width(node) != width(operand) or not all(map(width, node.all_input_nodes)):
+        return False
+    trial = fx.Interpreter(network.backbone, garbage_collect_values=False, graph=node.graph)
     for channels in {width(operand), (width(operand) + 1) // 2}:
         bits = torch.arange(channels) >> torch.arange(channels.bit_length())[:, None] & 1 > 0
         codes = torch.cat([bits, ~bits])    # (B, channels): some row tells any two apart
-
-        def value(other):
+        for other in node.all_input_nodes:
             own = channels if width(other) == width(operand) else width(other)
-            x = torch.ones(len(codes), own, *other.meta["value"].shape[2:])
-            if other is operand:
-                x[codes] = torch.nan
-            return x
-
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+            trial.env[other] = torch.ones(len(codes), own, *other.meta["value"].shape[2:])
+        trial.env[operand][codes] = torch.nan
         try:
-            if node.op == "call_method":
-                made = getattr(args[0], node.target)(*args[1:], **kwargs)
-            else:
-                made = (layer_of(network, node) or node.target)(*args, **kwargs)
+            made = trial.run_node(node)
             off = made.isnan().view(*codes.shape, -1).any(dim=2)
         except Exception:                   # it wants another number of channels
             return False
@@ -875,87 +811,58 @@ def channelwise(network, node, operand):
     return True
 
 
-def sources(network, node):
-    """{operand: (C,) the channel of it that channel c of `node` is made of, or -1}; {} if unknown.
+def reads(network, node, live, channels_read):
+    """{operand: (K,) int64, the channels of it that `node` reads for its live ones, (C,) bool}.
 
-    Known is what works with fewer channels too: torch.cat, Select, norms, and what holds no weights
-    and is found to be channelwise. Operands that are not named have one channel, for all.
+    More become live where they come together. A node that cannot be followed reads and yields all
+    channels: less is pruned, nothing is wrong.
     """
     layer = layer_of(network, node)
     operands = node.all_input_nodes
-    own = torch.arange(width(node))
-    if isinstance(layer, Select):
-        return {operands[0]: layer.index.cpu()}
-    if isinstance(layer, PerDomain) and node.target != network.classifier:
-        return {operands[0]: own}
-    if not node.op.startswith("call") or not all(width(one) for one in (node, *operands)):
-        return {}
-    if node.target is torch.cat:
-        at = {}
-        start = 0
-        for operand in operands:
-            inside = (own >= start) & (own < start + width(operand))
-            at[operand] = torch.where(inside, own - start, -1)
-            start += width(operand)
-        dim = [*node.args[1:], *node.kwargs.values()]
-        return at if dim == [1] and operands == list(node.args[0]) else {}
-    if layer is not None and [*layer.parameters(), *layer.buffers()]:
-        return {}
-    same = [one for one in operands if width(one) == width(node) and channelwise(network, node, one)]
-    if any(one not in same and width(one) > 1 for one in operands):
-        return {}
-    return dict.fromkeys(same, own)
-
-
-def wanted(network, node, made, live, channels_read):
-    """{operand: (K,) int64, the channels of it that `node` reads, in the order in which it does}.
-
-    made: of `sources`; live: (C,) bool, the channels of `node` that anyone reads.
-    """
-    layer = layer_of(network, node)
-    result = {operand: torch.arange(width(operand)) for operand in node.all_input_nodes}
-    for operand, at in made.items():
-        result[operand] = at[live][at[live] >= 0]
+    everything = {operand: torch.arange(width(operand)) for operand in operands}
+    if not live.any():
+        live[:1] = True                     # what nobody reads keeps a channel
     if isinstance(layer, SwitchedConv2d):
-        result[node.all_input_nodes[0]] = channels_read[node.target].nonzero().flatten()
-    elif is_conv(layer) and layer.groups > 1:
-        groups = live.view(layer.groups, -1).any(dim=1)
+        return {operands[0]: positions(channels_read[node.target])}
+    if is_conv(layer) and layer.groups == 1:
+        return everything                   # it reads the image
+    if is_conv(layer):
+        groups = live.view(layer.groups, -1)
+        groups |= groups.any(dim=1, keepdim=True)           # whole groups go
         each = layer.in_channels // layer.groups
-        result[node.all_input_nodes[0]] = groups.repeat_interleave(each).nonzero().flatten()
-    return result
+        return {operands[0]: positions(groups[:, 0].repeat_interleave(each))}
+    if isinstance(layer, Select):
+        return {operands[0]: layer.index.cpu()[live]}
+    if isinstance(layer, PerDomain) and node.target != network.classifier:
+        return {operands[0]: positions(live)}
+    if concatenates(node):
+        parts = live.split([width(operand) for operand in operands])
+        return dict(zip(operands, map(positions, parts)))
+    same = [operand for operand in operands if channelwise(network, node, operand)]
+    if same and all(operand in same or width(operand) == 1 for operand in operands):
+        return everything | dict.fromkeys(same, positions(live))
+    live[:] = True
+    return everything
 
 
 def liveness(network, graph, channels_read):
-    """({node: (C,) bool, its channels that anyone reads}, {node: what it reads, see wanted}, made).
-
-    A node whose channels cannot be followed reads and keeps all of them: less is pruned, nothing is
-    wrong. channels_read: {switched layer: (C_in,) bool}.
-    """
-    made = {node: sources(network, node) for node in graph.nodes}
+    """({node: (C,) bool, its channels that anyone reads}, {node: reads of it})."""
     live = {node: torch.zeros(width(node), dtype=torch.bool) for node in graph.nodes}
-    reads = {}
+    read_by = {}
     for node in reversed(graph.nodes):
-        layer = layer_of(network, node)
-        if not made[node] and not is_conv(layer):
-            live[node][:] = True
-        if not live[node].any():
-            live[node][:1] = True           # a layer that nobody reads keeps a channel
-        if is_conv(layer) and layer.groups > 1:
-            groups = live[node].view(layer.groups, -1)
-            groups |= groups.any(dim=1, keepdim=True)       # whole groups go
-        reads[node] = wanted(network, node, made[node], live[node], channels_read)
-        for operand, channels in reads[node].items():
+        read_by[node] = reads(network, node, live[node], channels_read)
+        for operand, channels in read_by[node].items():
             live[operand][channels] = True
     for node in graph.nodes:                # one Select after torch.cat, not one for each operand
-        if node.target is torch.cat and made[node]:
-            live[node] = torch.cat([live[operand] for operand in made[node]])
-            reads[node] = wanted(network, node, made[node], live[node], channels_read)
-    return live, reads, made
+        if concatenates(node):
+            live[node] = torch.cat([live[operand] for operand in node.args[0]])
+            read_by[node] = {operand: positions(live[operand]) for operand in node.args[0]}
+    return live, read_by
 
 
 @contextlib.contextmanager
 def alone():
-    """While no network runs in another thread: torch.fx changes nn.Module when it traces."""
+    """No network runs in another thread meanwhile: torch.fx changes nn.Module when it traces."""
     with LOCK:
         yield
 
@@ -963,19 +870,16 @@ def alone():
 @alone()
 @torch.no_grad()
 def cut(network, domains, channels_read):
-    """(a copy of `network` for `domains` with the channels that are read, {norm: its rows left}).
-
-    channels_read: {switched layer: (C_in,) bool}, of what `network` has now.
-    """
+    """(a copy of `network` for `domains`, {norm: its rows left}); channels_read: of channels_of."""
     small = copy.deepcopy(network).eval()
     graph = trace(small)
-    live, reads, made = liveness(small, graph, channels_read)
+    live, read_by = liveness(small, graph, channels_read)
     device = next(network.parameters()).device
     rows = {}
-    for node, operands in reads.items():
+    for node, operands in read_by.items():
         layer = layer_of(small, node)
         for operand, channels in operands.items():
-            left = live[operand].nonzero().flatten()
+            left = positions(live[operand])
             if not torch.equal(channels, left):             # it reads less than there is
                 select = free_name(small.backbone, "select")
                 index = torch.searchsorted(left, channels).to(device)
@@ -989,18 +893,20 @@ def cut(network, domains, channels_read):
             delattr(small.backbone, node.target)
         elif is_conv(layer):
             cut_conv(layer, next(iter(operands.values())), live[node])
-        elif isinstance(layer, PerDomain) and made[node]:
+        elif isinstance(layer, PerDomain) and node.target != small.classifier:
             rows[node.target] = next(iter(operands.values()))
             for norm in layer.values():
                 cut_norm(norm, rows[node.target])
     left = torch.cat([channels_read[name] for name in small.layers])
     for domain, row in small.switches.items():
-        small.switches[domain] = nn.Parameter(row[left.to(device)], row.requires_grad)
+        small.switches[domain] = nn.Parameter(row[left], row.requires_grad)
     for name, kept in small.kept.items():
         kept[kept.clone()] = channels_read[name]
     for domain in set(small.classes) - set(domains):
         small.remove_domain(domain)
-    small.backbone = Pruned(small.backbone, graph)
+    code = graph.python_code("self")
+    small.backbone.__class__ = Pruned
+    small.backbone._code = Code(code.src, code.globals)
     small.pruned = True
     modes = {name: module.training for name, module in network.named_modules()}
     for name, module in small.named_modules():
@@ -1009,39 +915,36 @@ def cut(network, domains, channels_read):
 
 
 def cut_conv(conv, channels, live):
-    """Keep the input channels (K,) and the filters that are live (C_out,), in place."""
-    weight = conv.weight[live.to(conv.weight.device)]
+    """Keep the input channels (K,) and the filters that are live, (C_out,) bool."""
+    weight = conv.weight[live]
     if conv.groups == 1:
-        weight = weight[:, channels.to(weight.device)]
+        weight = weight[:, channels]
     conv.in_channels = len(channels)
     conv.out_channels = len(weight)
     conv.groups = len(channels) // weight.shape[1]
     conv.weight = nn.Parameter(weight.contiguous(), conv.weight.requires_grad)
     if conv.bias is not None:
-        conv.bias = nn.Parameter(conv.bias[live.to(weight.device)], conv.bias.requires_grad)
+        conv.bias = nn.Parameter(conv.bias[live], conv.bias.requires_grad)
 
 
 def cut_norm(norm, rows):
-    """Keep these rows (K,) of all that a norm has for each channel, in place."""
+    """Keep the channels `rows` (K,)."""
     norm.num_features = len(rows)
     for tensor in (*norm.parameters(), *norm.buffers()):
         if tensor.dim():                    # the number of batches has none
-            tensor.data = tensor.data[rows.to(tensor.device)]
+            tensor.data = tensor.data[rows]
 
 
 @alone()
 def prune(network, domains=None, keep_source=False):
     """A smaller copy of `network` for `domains` (default: all adapted), with the same logits.
 
-    Gone are the input channels that none of `domains` reads and the filters that nobody reads then,
-    with their batch-norm and part of the residual stream. Where a layer reads less than there is, a
-    Select gathers it. The forward is that of evaluation. The source is served no more, unless
-    keep_source: all of it stays then. InputError if torch.fx cannot follow the forward, and, by the
-    domain's name, if logits for random images differ.
+    Without the channels that none of them reads, for evaluation. keep_source: all of the source
+    stays. InputError if torch.fx cannot follow the forward, or if logits for random images differ.
     """
     domains = served(network, domains)
     if not set(domains) - {network.source}:
-        raise InputError("nothing to prune: the network has no adapted domain, only a backbone")
+        raise InputError("nothing to prune: give a domain that is not the source")
     if keep_source:
         domains = served(network, [network.source, *domains])
     small, _ = cut(network, domains, channels_of(network, domains))
@@ -1058,21 +961,10 @@ def prune(network, domains=None, keep_source=False):
     return small
 
 
-def channels_of(network, domains):
-    """{layer: (C_in,) bool}: which of the channels that are left any of `domains` reads."""
-    result = {}
-    for name, mask in masks(network, domains).items():
-        if not mask.any(dim=1).all():
-            raise InputError(f"a domain has no channel on in {name}: every layer needs one")
-        result[name] = mask.any(dim=0)[network.kept[name]]
-    return result
-
-
 def without_unused(network, domains):
     """A function (x, domain) -> logits with which to train `network` once its switches stay.
 
-    Logits, gradients and running statistics are those of `network`, without computing the channels
-    that none of `domains` reads. Where torch.fx cannot follow the forward it is `network` itself.
+    It skips channels that none of `domains` reads; it is `network` where torch.fx cannot follow.
     """
     try:
         small, rows = cut(network, domains, channels_of(network, domains))
@@ -1098,14 +990,14 @@ def without_unused(network, domains):
     return forward
 
 
-# -------- 6  Files ----------------------------------------------------------------------------------
+# -------- 6  Files --------------------------------------------------------------------------------
 
 FORMAT = "ba2ps-4"      # of every checkpoint
 
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever goes wrong inside is an InputError of one line that names `path`."""
+    """Whatever goes wrong inside becomes an InputError of one line that names `path`."""
     try:
         yield
     except FileNotFoundError:
@@ -1118,7 +1010,7 @@ def reading(path):
 
 @contextlib.contextmanager
 def writing(path):
-    """Gives the name of a file beside `path`, which is moved there at the end: all or nothing."""
+    """Gives the name of a file that is moved to `path` at the end: all or nothing."""
     part = f"{path}.{os.getpid()}.part"     # two processes may be at it
     try:
         yield part
@@ -1131,11 +1023,12 @@ def writing(path):
 
 
 def plain(fact):
-    """`fact` as load can read it: numpy's numbers and arrays become Python's, paths strings."""
+    """`fact` as load can read it: numpy's become Python's, paths strings."""
     if isinstance(fact, dict):
         return {key: plain(value) for key, value in fact.items()}
     if isinstance(fact, (list, tuple)):
-        return type(fact)(map(plain, fact))
+        parts = [plain(part) for part in fact]
+        return parts if isinstance(fact, list) else tuple(parts)
     if isinstance(fact, os.PathLike):
         return os.fspath(fact)
     if hasattr(fact, "tolist") and not isinstance(fact, torch.Tensor):
@@ -1144,11 +1037,10 @@ def plain(fact):
 
 
 def save(path, network, /, **facts):
-    """Write `network` and `facts` (numbers, strings, lists, dicts, tensors) to `path`: all or nothing.
+    """Write `network` and `facts` (numbers, strings, lists, dicts, tensors) to `path`.
 
-    The file is a dictionary: "state", a state_dict by name, "kept", {layer: (C,) bool, the channels
-    that pruning left}, "facts", and what load builds the network from. It is read back before it is
-    moved to `path`; InputError if that fails.
+    All or nothing: InputError if load could not read it. The file is a dictionary with a state_dict
+    in "state" and what load builds the network from.
     """
     state = network.state_dict()                    # with the versions of modules that it holds
     for name, value in state.items():
@@ -1167,7 +1059,7 @@ def save(path, network, /, **facts):
 
 
 def build(name, options=None, num_classes=1):
-    """A backbone by its name: WRN-DEPTH-WIDTH, or torchvision's, with options of get_model."""
+    """A backbone by its name: WRN-DEPTH-WIDTH, or torchvision's, with options for get_model."""
     if name.startswith("WRN-"):
         _, depth, width = name.split("-")
         return WideResNet(int(depth), int(width), num_classes)
@@ -1180,9 +1072,8 @@ def build(name, options=None, num_classes=1):
 def load(path, backbone=None):
     """(network, facts) of a checkpoint that save wrote, on the CPU; InputError for anything else.
 
-    backbone: the plain network that MultiDomain was given, of any weights; not needed for WideResNet
-    and for those of torchvision that train.py makes. No code in the file is run, its checksums are
-    compared. A pruned network is an empty one, pruned to the same channels and filled.
+    backbone: the plain network that MultiDomain was given, of any weights; not needed for what
+    train.py makes.
     """
     with reading(path):
         with zipfile.ZipFile(path) as archive:
@@ -1192,17 +1083,16 @@ def load(path, backbone=None):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content.get("format") != FORMAT:
             raise ValueError("no checkpoint of this version: give one of train.py or prune.py")
-        name, source, classes = content["name"], content["source"], content["classes"]
-        backbone = backbone or build(name, content["options"], classes.get(source, 1))
-        network = MultiDomain(backbone, {}, source, content["image_size"])
-        network.name = name
+        source = content["source"]
+        domains = dict(content["classes"])
+        number = domains.pop(source, None)
+        backbone = backbone or build(content["name"], content["options"], number or 1)
+        network = MultiDomain(backbone, domains, source, content["image_size"])
+        network.name = content["name"]
         network.options = content["options"]
-        for domain, number in classes.items():
-            if domain != source:
-                network.add_domain(domain, number)
         if content["pruned"]:
-            network, _ = cut(network, list(classes), content["kept"])
-        elif source not in classes:
+            network, _ = cut(network, list(content["classes"]), content["kept"])
+        elif number is None:
             network.remove_domain(source)
         network.load_state_dict(content["state"], assign=True)
         for key, parameter in network.named_parameters():

@@ -154,7 +154,7 @@ def turns(args):
 def start(network, domains, importance, cost, room, args):
     """Give the switches of `domains` values by their importance, its sum over domains if shared."""
     shares = {}
-    for domain in network.domains:      # those that are not trained have the channels that they read
+    for domain in network.domains:      # one that is not trained finds important what it reads
         value = importance.get(domain, ba2ps.read(network, domain).double())
         shares[domain] = value / value.sum()
     for domain in domains:
@@ -164,8 +164,8 @@ def start(network, domains, importance, cost, room, args):
         ba2ps.start_switches(network, domain, value, cost, room, args.spread)
 
 
-def finite(gradients):
-    return all(grad is not None and bool(grad.isfinite().all()) for grad in gradients)
+def finite(tensors):
+    return all(tensor is not None and bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def cross_entropy(network, domain, images, indices, order, args):
@@ -224,7 +224,7 @@ def report(network, domains, val, args, run, epoch, losses, multiplier, excesses
                 measure=args.budget_of,
                 usage=fixed + float(row @ cost),
                 intersection=fixed + float(on.amin(dim=0) @ cost),
-                sparsity_all=1 - fixed - float(on.amax(dim=0) @ cost),
+                sparsity_all=float((1 - on.amax(dim=0)) @ cost),
                 multiplier=multiplier[domain],
                 sharing_loss=sum(excesses) / len(excesses) if excesses else None)
 
@@ -314,11 +314,13 @@ def first_alone():
     rank, number = processes()
     if rank > 0:
         dist.barrier()
-    yield
-    if rank == 0 < number - 1:
-        dist.barrier()
-    if number > 1:
-        dist.barrier()
+    try:
+        yield
+    finally:        # also if it finds something wrong: the others do, too
+        if number > 1 and rank == 0:
+            dist.barrier()
+        if number > 1:
+            dist.barrier()
 
 
 def sum_gradients(network):
@@ -356,6 +358,7 @@ class Run:
         self.rows = []          # of log.csv
         self.device = args.device
         self.arguments = {name: value for name, value in vars(args).items() if name != "resume"}
+        self.arguments["data"] = os.path.abspath(args.data)
         self.fixed = dict(seen)
         for name, value in self.arguments.items():
             if name not in ("data", "cache", "workers", "device", "out"):
@@ -458,8 +461,8 @@ RECIPES = {
     "settled": {
         "budget_of": "channels", "warmup": 0.2, "settle": 0.4, "batch_size": 16, "lr": 1e-1}}
 TOY = {
-    "recipe": "settled", "source": "shapes", "no_mirror": ["strokes", "signs", "digits"],
-    "network": "WRN-10-2", "image_size": 32, "epochs": 40, "switch_lr": 3e-4}
+    "data": "runs/toy", "recipe": "settled", "source": "shapes", "network": "WRN-10-2",
+    "image_size": 32, "epochs": 40, "switch_lr": 3e-4, "no_mirror": ["strokes", "signs", "digits"]}
 SHARING = "sharing_loss", "share_to"
 SEARCH = *SHARING, "switch_lr", "multiplier_lr"
 START = "start", "spread"
@@ -669,6 +672,8 @@ def rehearse(network, domains, train, args, out):
         least = min(least, max(1, last // processes()[1]))
         if domain not in trial.classes:
             trial.add_domain(domain, len(images.record["classes"]))
+    if args.schedule == "mixed":
+        least = 1
     try:
         images = torch.zeros(least, trial.channels, args.image_size, args.image_size)
         trial(images, domains[0]).sum().backward()
@@ -677,34 +682,40 @@ def rehearse(network, domains, train, args, out):
                          f"trained on: {ba2ps.one_line(error)}") from None
     cost, fixed = ba2ps.costs(trial, args.budget_of)
     floor = fixed + sum(float(part[0]) for part in cost.split(ba2ps.widths(trial)))
-    if args.budget < floor:
-        raise InputError(f"--budget {args.budget:g}: give {floor:.4f} of {args.budget_of} or more, "
-                         "a channel in each layer")
-    try:
+    if args.adapt == "switches" and args.epochs:
+        if args.budget < floor:
+            raise InputError(f"--budget {args.budget:g}: a channel in each layer is {floor:.4f} of "
+                             f"{args.budget_of}, give that or more")
         ba2ps.hold_budget(trial, domains[0], cost, args.budget - fixed)
-        trial = ba2ps.prune(trial, domains[:1])
-    except InputError as error:
-        print(f"prune.py will not do: {error}")
     with tempfile.TemporaryDirectory(dir=out) as folder:
         ba2ps.save(f"{folder}/model.pt", trial)
         ba2ps.load(f"{folder}/model.pt")
+    try:
+        ba2ps.prune(trial, domains[:1])
+    except InputError as error:
+        print(f"prune.py will not do: {error}")
 
 
 def output_folder(args, files):
     """A folder for `files`. Finished models are never replaced."""
     base = args.out or f"runs/{args.source}-{args.recipe}-{args.budget:g}-{args.seed}"
-    if not args.out and args.data == os.path.abspath("runs/toy"):
+    if not args.out and args.data == TOY["data"]:
         base = "runs/first"
-    for number in itertools.count(1):
-        out = Path(base if number == 1 else f"{base}-{number}")
-        there = [out / name for name in files if (out / name).exists()]
-        if not there or (out / "state.pt").exists():
+    out = Path(base)
+    for number in itertools.count(2):
+        there = [name for name in files if (out / name).exists()]
+        following = Path(f"{base}-{number}")
+        if not there or args.out or (out / "state.pt").exists():
             break
-        if args.resume and there[-1].name == files[-1]:
-            print(f"nothing to resume: the run in {out} is finished, {there[-1]} is there")
+        if args.resume and not following.exists():
+            break
+        out = following
+    if there and not (out / "state.pt").exists():
+        if not args.resume:
+            raise InputError(f"--out {out} has a finished {there[-1]}: give another folder")
+        if there[-1] == files[-1]:
+            print(f"nothing to resume: the run in {out} is finished, {out / there[-1]} is there")
             sys.exit()
-        if args.out:
-            raise InputError(f"--out {out} has a finished {there[-1].name}: give another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -714,13 +725,10 @@ def output_folder(args, files):
 
 def prepare(args):
     """(network, domains, train, val, records, run): what is looked at before the first step."""
-    if args.data is None:
-        args.data = "runs/toy"
-        if not os.path.isdir(args.data):
-            print(f"no --data: drawing a toy decathlon in {args.data}")
-            from tests.toy import draw_toy
-            draw_toy(args.data)
-    args.data = os.path.abspath(args.data)
+    if args.data == TOY["data"] and not os.path.isdir(args.data):
+        print(f"no --data: drawing a toy decathlon in {args.data}")
+        from tests.toy import draw_toy
+        draw_toy(args.data)
     network, records = given_network(args)
     domains, train, val = read_images(args, network, records)
     records |= {domain: images.record for domain, images in train.items()}

@@ -5,16 +5,14 @@
   python tests/benchmark.py training      # time and memory of a step
   python tests/benchmark.py data          # reading images, beside WRN-28-1 at 32 px
 
-inference: params as stored; and how much faster one domain's dense network is than the backbone in
-its faster memory format, as a share of what the ratio of MACs promises. Random masks, the same for
-all domains.
+inference: params as stored; how much faster one domain's dense network is than the backbone in its
+faster memory format, as a share of what MACs promise. All domains have the same, random masks.
 
 training: a step of `adapt` in train.py, batch 32, ten domains. Beside it: the frozen network's,
 where every channel is read; full fine-tuning; one with settled switches, masks at 0.25 that all
-domains share; and the floor, a forward and an input-gradient pass of the frozen network. Medians of
-interleaved repeats, each kind in its faster memory format. Memory: the peak of a process of its own
-for each kind, over what it had before the first step; once as it is, once without what glibc's heap
-keeps of freed tensors.
+domains share; and the floor, where the first batch-norm alone trains. Medians of interleaved
+repeats, each kind in its faster memory format. Memory: the peak of a process of its own for each
+kind, over what it had before; also without what glibc's heap keeps of freed tensors.
 
 data: the share of an epoch that goes into batches from a warm cache; ten crops over ten forward
 passes; and the memory of a domain of a million images, without the mapped cache (a sparse file).
@@ -30,7 +28,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -61,7 +58,7 @@ def show(what, value, unit="", most=None, least=None, more=""):
 
 
 def adapted(name, size, number):
-    """A network of this name for `number` domains and the source, of ten classes each."""
+    """A network for `number` domains and the source, of ten classes each."""
     torch.manual_seed(0)
     plain = ba2ps.build(name, {"num_classes": 10}, 10)
     domains = {f"d{i}": 10 for i in range(number)}
@@ -70,7 +67,7 @@ def adapted(name, size, number):
 
 @torch.no_grad()
 def mask_alike(network, share):
-    """Random masks with this share of each layer's channels on, the same for all domains."""
+    """Random masks, the same for all domains, with this share of each layer on."""
     parts = []
     for layer in ba2ps.switched_layers(network).values():
         part = torch.full((layer.in_channels,), -1e-3)
@@ -98,10 +95,10 @@ def inference(args):
         if share > 0.5:
             continue                        # it promises too little to measure
         for size, least in SPEED.items():
-            seconds = args.seconds / 3      # for each: dense, and the backbone in two formats
+            seconds = args.seconds / 3      # three networks: dense, the backbone in two formats
             whole, own = prune.latency(network, [model], size, 64, seconds, args.device)
             gain = whole / own
-            more = f"{own:.2f} ms, {gain:.2f} x the backbone"
+            more = f"{gain:.2f}x"
             show(f"   batch {size}: of the promise", gain / promise, least=least, more=more)
 
 
@@ -118,29 +115,31 @@ BUDGET = 0.5
 
 
 def step_of(kind, name, size, form, device):
-    """A function that takes one training step of this kind, of batch 32, in one memory format."""
+    """A function that takes one training step of this kind."""
     network = adapted(name, size, 10)
+    domains = network.domains
     network.freeze_backbone()
     network.to(device, memory_format=FORMATS[form]).train()
     x = torch.randn(32, 3, size, size, device=device).contiguous(memory_format=FORMATS[form])
     y = torch.randint(10, (32,), device=device)
     forward = network
-    domains = network.domains
     weights = network.owned_parameters()
     if kind == "switches":
         adam = torch.optim.Adam(network.switches.values(), lr=1e-4, fused=True)
         cost, fixed = ba2ps.costs(network)
         cost = cost.to(x)
-        multiplier = dict.fromkeys(domains, 0.0)
+        multiplier = {"d0": 0.0}
     elif kind == "settled":
         mask_alike(network, 0.25)
         network.switches.requires_grad_(False)
         forward = ba2ps.without_unused(network, domains)
     else:
         network.switches.clear()            # without switches every channel is read
-    if kind in ("fine-tuning", "floor"):
-        weights = network.requires_grad_(kind == "fine-tuning").parameters()
-        x.requires_grad_(kind == "floor")
+    if kind == "fine-tuning":
+        weights = network.requires_grad_(True).parameters()
+    if kind == "floor":
+        network.requires_grad_(False)
+        weights = network.parts()[0].requires_grad_(True).parameters()
     sgd = torch.optim.SGD(weights, lr=1e-3, momentum=0.9)
 
     def step():                             # as in train.adapt
@@ -154,29 +153,27 @@ def step_of(kind, name, size, form, device):
             loss = loss + excess
             excess.item()                   # for the log
             adam.zero_grad()
-        task.item()                         # for the log
+        task.item()
         sgd.zero_grad()
-        x.grad = None
         loss.backward()
         sgd.step()
         if kind == "switches":
             assert network.switches["d0"].grad.isfinite().all()
             adam.step()
             ba2ps.keep_a_channel(network, domains)
-            before = multiplier["d0"]
-            multiplier["d0"] = ba2ps.next_multiplier(before, usage["d0"], BUDGET)
+            multiplier["d0"] = ba2ps.next_multiplier(multiplier["d0"], usage["d0"], BUDGET)
 
     return step
 
 
 def faster_step(kind, name, size, device):
     """(step, memory format): the faster one of two."""
-    steps = {form: step_of(kind, name, size, form, device) for form in FORMATS}
+    steps = {}
     taken = {}
-    for turn in range(4):                   # the first one warms up
-        for form, step in steps.items():
-            now = timed(step, device)
-            taken[form] = min(now, taken[form]) if turn > 1 else now
+    for form in FORMATS:
+        steps[form] = step_of(kind, name, size, form, device)
+        steps[form]()                       # warms up
+        taken[form] = min(timed(steps[form], device) for _ in range(3))
     form = min(taken, key=taken.get)
     return steps[form], form
 
@@ -188,7 +185,7 @@ def memory(file, name):
             return 1024 * int(line.split()[1])
 
 
-def added_peak(kind, name, size, form, device):
+def added_peak(kind, name, size, device, form):
     """Bytes that three steps need at most, of this process or of the GPU."""
     step_of(kind, "WRN-10-1", 16, form, device)()       # loads all code
     step = step_of(kind, name, size, form, device)
@@ -199,13 +196,12 @@ def added_peak(kind, name, size, form, device):
     return (torch.cuda.max_memory_allocated() if cuda else memory("status", "VmHWM")) - before
 
 
-def peak_ratio(name, size, forms, device):
-    """The peak of a step with switches over that of the frozen network."""
+def peak_ratio(*case, forms):
+    """Peak of a step with switches over that of the frozen network."""
     peaks = []
     for kind in KINDS[:2]:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            case = kind, name, size, forms[kind], device
-            peaks.append(pool.submit(added_peak, *case).result())
+            peaks.append(pool.submit(added_peak, kind, *case, forms[kind]).result())
     return peaks[0] / peaks[1]
 
 
@@ -231,25 +227,21 @@ def training(args):
         show("   over full fine-tuning's", ratio("switches", "fine-tuning"), "x")
         show("   once settled, of a step", ratio("settled", "switches"), "x")
         show("   the floor, of a step", ratio("floor", "switches"), "x")
-        case = name, size, forms, args.device
-        show("   peak memory over the frozen's", peak_ratio(*case), "x", 1.10)
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"      # of bytes; for new processes
-        show("   the same, of tensors", peak_ratio(*case), "x", 1.10)
+        case = name, size, args.device
+        show("   peak memory over the frozen's", peak_ratio(*case, forms=forms), "x", 1.10)
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"      # of processes to come
+        show("   the same, without the heap's", peak_ratio(*case, forms=forms), "x", 1.10)
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
 # -------- data
 
-def write_images(root, number, listed):
-    """A domain `noise` of so many JPEGs, 72 pixels high, listed again and again up to `listed`."""
-    draw = np.random.default_rng(0)
-    Path(root, "data").mkdir()
-    for i in range(number):
-        picture = draw.integers(0, 256, (9, 12, 3), dtype=np.uint8)
-        Image.fromarray(picture).resize((96, 72)).save(Path(root, f"data/{i}.jpg"))
-    ids = range(listed)
+def write_images(root, number):
+    """A domain: one file of 72 pixels, listed so many times."""
+    Image.effect_noise((96, 72), 50).save(f"{root}/noise.jpg")
+    ids = range(number)
     content = {
-        "images": [{"id": i, "file_name": f"data/{i % number}.jpg"} for i in ids],
+        "images": [{"id": i, "file_name": "noise.jpg"} for i in ids],
         "categories": [{"id": i, "name": str(i)} for i in range(10)],
         "annotations": [{"id": i, "image_id": i, "category_id": i % 10} for i in ids]}
     Path(root, "annotations").mkdir()
@@ -257,17 +249,16 @@ def write_images(root, number, listed):
 
 
 def small_domain(root, repeats, device):
-    write_images(root, 2048, 2048)
+    write_images(root, 2048)
     images = evaluate.Images(root, "noise", ["train"], 32).decode()
     network = adapted("WRN-28-1", 32, 0).to(device)
     sgd = torch.optim.SGD(network.parameters(), lr=0.01)
-    order = torch.Generator().manual_seed(0)
     plan = torch.randperm(len(images)).split(32)
-    x, y = images.batch(plan[0], order, device)
+    x, y = images.batch(plan[0], torch.default_generator, device)
 
     def read():
         for indices in plan:
-            images.batch(indices, order, device)
+            images.batch(indices, torch.default_generator, device)
 
     def train():
         for _ in plan:
@@ -276,11 +267,11 @@ def small_domain(root, repeats, device):
             sgd.step()
 
     @torch.no_grad()
-    def forward():
-        for _ in range(2 * 10):             # ten crops of two batches
+    def forward():                          # ten crops of two batches
+        for _ in range(20):
             network(x, "source")
 
-    def crops():                            # leaves the network in evaluation mode
+    def crops():
         evaluate.predict(network, "source", images, 10, 32, device)
 
     network.train()
@@ -293,17 +284,17 @@ def small_domain(root, repeats, device):
 
 
 def large_domain(root):
-    write_images(root, 1000, 10**6)
+    write_images(root, 10**6)
     before = memory("smaps_rollup", "Anonymous")
     images = evaluate.Images(root, "noise", ["train"], 64)
     file, _ = images.parts[0]
     file.parent.mkdir()
     with open(file, "wb") as cache:         # every image black
         cache.seek(3 * images.side**2 * len(images))
-        cache.write(np.full((len(images), 2), images.side, np.int32))
-    order = torch.Generator().manual_seed(0)
+        sizes = torch.full((len(images), 2), images.side, dtype=torch.int32)
+        cache.write(sizes.numpy())
     for indices in torch.randperm(len(images))[:500 * 32].split(32):
-        images.batch(indices, order)
+        images.batch(indices, torch.default_generator)
     used = (memory("smaps_rollup", "Anonymous") - before) / 1e6
     show("memory of a million images", used, " MB")
 
@@ -325,8 +316,7 @@ def main():
     add("--repeats", type=int, default=5, help="of data")
     add("--device", default="cpu", help="cpu or cuda")
     args = flags.parse_args()
-    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32; "
-          "* a bar that is missed")
+    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; * missed")
     parts[args.what](args)
 
 

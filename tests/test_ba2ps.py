@@ -152,7 +152,7 @@ def test_a_switched_convolution_by_hand(arguments, shape, frozen):
     inputs = [x] if frozen else [x, *conv.parameters()]
     s_grad, *mine = grad(out, [layer.switches, *inputs], cotangent)
     close(mine, list(grad(expected, inputs, cotangent)))
-    for c in range(6):      # straight through: d out / d s_c is what channel c alone adds, on or off
+    for c in range(6):      # straight through: what channel c alone adds, whether it is on or off
         one = F.one_hot(torch.tensor(c), 6).view(-1, 1, 1)
         alone = conv(x * one) - conv(x * 0)
         close(s_grad[c], (alone * cotangent).sum(), rtol=1e-10, atol=1e-10)
@@ -215,7 +215,7 @@ def test_sections_1_to_3_train_alone_and_an_import_opens_and_prints_nothing():
 def test_wrn_28_4_has_the_published_shape_and_the_papers_params():
     wrn = ba2ps.WideResNet()
     weights = 3 * 16 * 9                    # the stem
-    for a, b in ((16, 64), (64, 128), (128, 256)):              # a block with a shortcut, three more
+    for a, b in ((16, 64), (64, 128), (128, 256)):          # a block with a shortcut, three more
         weights += 9 * a * b + 9 * b * b + a * b + 3 * 2 * 9 * b * b
     sizes = dict.fromkeys([nn.Conv2d, nn.BatchNorm2d, nn.Linear], 0)
     for module in wrn.modules():
@@ -263,17 +263,20 @@ def test_a_batch_touches_its_own_domain_alone():
         assert p.requires_grad == (mine or ".d0" in name or ".d1" in name), name
         assert (p.grad is not None) == mine, name
         assert (id(p) in owned) == (mine and "switches" not in name), name
-    assert changed(net, before) == {n for n in net.state_dict() if "d2.running" in n or "d2.num" in n}
+    statistics = re.compile(r".*d2\.(running|num).*")
+    assert changed(net, before) == set(filter(statistics.match, net.state_dict()))
     assert torch.equal(net.eval()(x, "source"), logits)
     net.remove_domain("d2")
     assert net.state_dict().keys() == network().state_dict().keys()
 
 
 @cases("make", [
-    *(lambda name=name: network().add_domain(name, 3) for name in ("d0", "source", "", "a.b", "keys", 3)),
-    lambda: ba2ps.WideResNet(27), lambda: network()(images(), "d7"), lambda: ba2ps.prune(network(0)),
+    *(lambda name=name: network().add_domain(name, 3)
+      for name in ("d0", "source", "", "a.b", "keys", 3)),
+    lambda: ba2ps.WideResNet(27), lambda: network()(images(), "d7"),
     lambda: ba2ps.params(network(), "d0"), lambda: ba2ps.prune(network(), ["d0", "d7"]),
-    lambda: ba2ps.costs(network(), "flops"), lambda: ba2ps.load("none.pt"), lambda: ba2ps.load("/")])
+    lambda: ba2ps.prune(network(0)), lambda: ba2ps.costs(network(), "flops"),
+    lambda: ba2ps.load("none.pt"), lambda: ba2ps.load("/")])
 def test_what_cannot_be_is_refused_in_one_line(make):
     with refused():
         make()
@@ -317,7 +320,8 @@ def test_a_network_is_an_ordinary_module(make, tmp_path):
     read = torch.load(tmp_path / "net.pt", weights_only=False)
     averaged = torch.optim.swa_utils.AveragedModel(net)
     averaged.update_parameters(net)
-    for its in (copy.deepcopy(copy.deepcopy(net)), pickle.loads(pickle.dumps(net)), averaged.module, read):
+    pickled = pickle.loads(pickle.dumps(net))
+    for its in (copy.deepcopy(copy.deepcopy(net)), pickled, averaged.module, read):
         assert [*dict(its.named_parameters())] == [*dict(net.named_parameters())]
         for module, old in zip(its.modules(), net.modules(), strict=True):
             assert module.training == old.training
@@ -429,7 +433,7 @@ def test_a_start_and_a_held_budget_by_hand(of, budget):
     cost, _ = ba2ps.costs(net, of)
 
     def held(score):
-        """(the best of each layer, those with the next highest scores for as long as there is room)"""
+        """(the best of each layer, those with the next highest scores that there is room for)"""
         first = {max((key for key in score if key[0] == name), key=score.get) for name in each}
         left = budget + 1e-9 - fixed - sum(each.values())
         on = set()
@@ -521,7 +525,8 @@ def test_costs_by_loops_masked_and_pruned():
         own = len(domains) * (4 * norms + len(union) / 32)
         for its in (net, ba2ps.prune(net, domains), kept):
             off = {domain: 1 - left("layers", on[domain]) for domain in domains}
-            assert ba2ps.sparsity(its, domains) == (approx(off), approx(1 - left("layers")))   # Table 7
+            table_7 = approx(off), approx(1 - left("layers"))
+            assert ba2ps.sparsity(its, domains) == table_7
             assert ba2ps.params(its, domains) == approx(left("params") + own / weights)
             assert ba2ps.macs(its, domains, size) == round(left("macs") * whole)
             assert ba2ps.macs(its, None, size) == round(whole)
@@ -558,9 +563,9 @@ def with_source(net):
     return ba2ps.prune(net, keep_source=True)
 
 
-FACTS = {"state": 1, "name": "x", "kept": {}, "format": 2, "facts": [0], "path": "a", "network": None,
-         "where": Path("b"), "grid": {(1, 2): 3}, "n": np.int64(3), "ok": np.bool_(True),
-         "x": np.arange(2), "pair": (1, np.float64(0.5))}
+FACTS = {"state": 1, "name": "x", "kept": {}, "format": 2, "facts": [0], "path": "a",
+         "network": None, "where": Path("b"), "grid": {(1, 2): 3}, "n": np.int64(3),
+         "ok": np.bool_(True), "x": np.arange(2), "pair": (1, np.float64(0.5))}
 READ = FACTS | {"where": "b", "n": 3, "ok": True, "x": [0, 1], "pair": (1, 0.5)}
 
 
@@ -581,7 +586,7 @@ def test_a_file_gives_back_the_network_and_the_facts(tmp_path, make):
 
 
 class Fact:
-    """Something that torch.load(weights_only=True) does not read, and that runs code when it is read."""
+    """What torch.load(weights_only=True) does not read, for it runs code when it is read."""
 
     def __reduce__(self):
         return Path.touch, (Path("ran"),)
