@@ -193,8 +193,8 @@ class MultiDomain(nn.Module):
     PerDomain. domains: {name: number of classes}. source: what it was trained on, without switches.
 
     switches: {domain: (M,) parameter}. layers: names of the SwitchedConv2d, in the order of a row.
-    owned: names of the PerDomain, `classifier` among them. kept: {layer: (C_in,) bool}, what pruning
-    left. channels: C; image_size: S.
+    owned: names of the PerDomain, `classifier` among them. kept: {layer: (C_in,) bool}, what
+    pruning left. channels: C; image_size: S.
 
     InputError for a layer that is called twice or never, or changes in training though all share
     it. Threads take turns.

@@ -290,9 +290,10 @@ class Images:
             names, classes, labels, left_out = (
                 read_annotations(path) if annotated else read_folders(root, path))
         notes = [f"{number} left out: {reason}" for reason, number in left_out.items()]
-        if labels:
-            empty = classes.keys() - {labels[number] for number in names}
-            notes += [f"class {classes[category]!a} has no images" for category in sorted(empty)]
+        empty = sorted(classes.keys() - {labels.get(number) for number in names})
+        if labels and empty:
+            first = ", ".join(ascii(classes[category]) for category in empty[:3])
+            notes.append(f"{len(empty)} classes without images: {first}{', ...' * (len(empty) > 3)}")
         check(names, "; ".join([f"{path} lists no images", *notes]))
 
         mean, std = MEAN_STD.get(self.domain, (None, None)) if self.channels == 3 else (None, None)

@@ -272,7 +272,7 @@ def test_one_line_says_what_is_left_out(folders, capsys):
         assert line.startswith("animals train: 6 images; ")
         assert {*line.split("; ")[1:]} == {
             "2 left out: no image by its ending .gif", "2 left out: hidden",
-            "1 left out: outside the class folders", "class 'dog' has no images"}
+            "1 left out: outside the class folders", "1 classes without images: 'dog'"}
     images_of(folders, "val").decode()
     images_of(folders, "val")
     assert capsys.readouterr().out == "animals val: 9 images\n"  # once
