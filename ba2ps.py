@@ -27,10 +27,8 @@ train, read images or print. Grouped convolutions and linear layers get no switc
 """
 import contextlib
 import copy
-import keyword
 import os
 import pickle
-import re
 import zipfile
 
 import torch
@@ -675,8 +673,7 @@ class Code:
     """The function that torch.fx writes for a graph; copies and pickles compile it anew."""
 
     def __init__(self, source, names):
-        keywords = "|".join(keyword.kwlist)         # a layer may be called `global`
-        self.source = re.sub(rf"\.({keywords})\b", r'.__getattr__("\1")', source)
+        self.source = source
         self.names = {}
         for name, value in names.items():
             if not isinstance(value, type(torch)):  # modules cannot be copied
@@ -693,7 +690,7 @@ class Pruned(nn.Module):
     """The class of a pruned backbone, with a graph's code as its forward."""
 
     def forward(self, images):
-        return self._code.function(self, images)
+        return self._pruned.function(self, images)
 
 
 class Tracer(fx.Tracer):
@@ -812,10 +809,10 @@ def channelwise(network, node, operand):
 
 
 def reads(network, node, live, channels_read):
-    """{operand: (K,) int64, the channels of it that `node` reads for its live ones, (C,) bool}.
+    """{operand: (K,) int64, the channels of it that `node` reads to make its `live` (C,) ones}.
 
-    More become live where they come together. A node that cannot be followed reads and yields all
-    channels: less is pruned, nothing is wrong.
+    Sets more of `live` where channels only go together. A node that cannot be followed reads and
+    makes all channels: less is pruned, nothing is wrong.
     """
     layer = layer_of(network, node)
     operands = node.all_input_nodes
@@ -906,7 +903,7 @@ def cut(network, domains, channels_read):
         small.remove_domain(domain)
     code = graph.python_code("self")
     small.backbone.__class__ = Pruned
-    small.backbone._code = Code(code.src, code.globals)
+    small.backbone._pruned = Code(code.src, code.globals)
     small.pruned = True
     modes = {name: module.training for name, module in network.named_modules()}
     for name, module in small.named_modules():
@@ -1045,7 +1042,7 @@ def save(path, network, /, **facts):
     state = network.state_dict()                    # with the versions of modules that it holds
     for name, value in state.items():
         if isinstance(value, torch.Tensor):         # not what a module adds by get_extra_state
-            state[name] = value.detach().cpu()
+            state[name] = value.detach().cpu().contiguous()     # the format decides on last bits
     content = {"format": FORMAT, "name": network.name, "options": network.options,
                "image_size": network.image_size, "source": network.source,
                "classes": network.classes, "pruned": network.pruned, "kept": network.kept,
