@@ -8,7 +8,7 @@ The whole method in one file that needs only torch. Copy it, or the section that
     L_total = L + max(0, lambda_d (mean(s_d) - beta))                           L_B, Eq. 4
                 + max(0, lambda_PS (1 - |s_1 & ... & s_N| / (M beta)))          L_PS, Eq. 5
 
-    theta_d     network.switches[domain]    (M,) real numbers, one for each input channel
+    theta_d     network.switches[domain]    (M,) reals, one per switched input channel
     s_d         binarize(theta_d)           (M,) 1 where theta_d > 0: the channel is read   Eq. 3
     N, M        s.shape                     the number of domains, of switches
     beta        budget                      the share that a domain may have on
@@ -60,7 +60,7 @@ binarize = Binarize.apply
 
 
 class SwitchedConvolution(torch.autograd.Function):
-    """conv2d(s * x, W) for binary s (C_in,) and a frozen W (Eq. 3), without keeping s * x."""
+    """conv2d(s * x, W), Eq. 2 and 3, for binary s (C_in,) and a frozen W; s * x is not kept."""
 
     @staticmethod
     def forward(ctx, x, s, weight, bias, *geometry):
@@ -79,7 +79,7 @@ class SwitchedConvolution(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, s, weight = ctx.saved_tensors
-        wanted = (True, False, False)                   # of input, weight and bias: the input alone
+        wanted = (True, False, False)                   # of x, W, bias: the gradient of x alone
         grad = torch.ops.aten.convolution_backward(     # dL/d(s x), as if every channel were on
             grad, x, weight, None, *ctx.geometry, False, (0, 0), 1, wanted)[0]
         s_grad = None
@@ -97,11 +97,11 @@ class SwitchedConv2d(nn.Conv2d):
     def forward(self, x):
         if self.switches is None:
             return super().forward(x)
-        s = binarize(self.switches)
+        s = binarize(self.switches)         # binary in training too
         trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         zeros = self.padding_mode == "zeros" and not isinstance(self.padding, str)
         if trained or not zeros or self.groups > 1 or x.dim() < 4:
-            return super().forward(x * s.to(x.dtype).view(-1, 1, 1))
+            return super().forward(x * s.to(x.dtype).view(-1, 1, 1))     # Eq. 3 as it stands
         geometry = self.stride, self.padding, self.dilation
         return SwitchedConvolution.apply(x, s, self.weight, self.bias, *geometry)
 
@@ -113,7 +113,7 @@ class PerDomain(nn.ModuleDict):
 
     def forward(self, *inputs):
         if self.domain is None:
-            raise InputError("no domain is set: call, and checkpoint, network(images, domain)")
+            raise InputError("no domain is set: call (or checkpoint) network(images, domain)")
         return self[self.domain](*inputs)
 
 
@@ -143,7 +143,7 @@ class BasicBlock(nn.Module):
 class WideResNet(nn.Module):
     """WRN-depth-widen_factor [3]; WRN-28-4 is the paper's backbone.
 
-    Three groups of (depth - 4) / 6 blocks; each halves the resolution, in [3] the first does not.
+    Three groups of (depth - 4) / 6 blocks. Each halves the resolution; in [3] the first does not.
     """
 
     def __init__(self, depth=28, widen_factor=4, num_classes=1000):
@@ -180,29 +180,30 @@ class WideResNet(nn.Module):
 
 import threading         # here for the same reason as nn and F
 LOCK = threading.RLock()
-NORMS = nn.modules.batchnorm._NormBase      # of batch and instance: they may have statistics
+NORMS = nn.modules.batchnorm._NormBase      # batch or instance norm, maybe with statistics
 
 
 class MultiDomain(nn.Module):
     """A frozen network that serves many domains, and what each of them owns (Eq. 1).
 
-    backbone: a plain, trained network, (B, C, S, S) -> (B, classes), which is copied. Its nn.Conv2d
-    become SwitchedConv2d, but those that read the image; batch-norms and the last nn.Linear become
-    PerDomain. domains: {name: number of classes}. source: what it was trained on, without switches.
+    backbone: a plain, trained network, (B, C, S, S) -> (B, classes), which is copied. nn.Conv2d
+    become SwitchedConv2d, except those with as many input channels as the image; batch-norms and
+    the last nn.Linear become PerDomain; the rest is shared, and its own forward runs.
+    domains: {name: number of classes}. source: the backbone's own domain, without switches.
 
-    switches: {domain: (M,) parameter}. layers: names of the SwitchedConv2d, in the order of a row.
-    owned: names of the PerDomain, `classifier` among them. kept: {layer: (C_in,) bool}, what
-    pruning left. channels: C; image_size: S.
+    switches: {domain: (M,) parameter}: one switch per input channel, layer after layer.
+    layers: names of the SwitchedConv2d, in that order. owned: names of the PerDomain, `classifier`
+    among them. kept: {layer: (C_in,) bool}, what pruning left. channels: C; image_size: S.
 
-    InputError for a layer that is called twice or never, or changes in training though all share
-    it. Threads take turns.
+    InputError for a convolution or norm called twice or never, and for what is shared but changes
+    in training. One thread runs at a time.
     """
 
     def __init__(self, backbone, domains={}, source="imagenet", image_size=224):
         super().__init__()
         check_name(source)
         self.name = str(vars(backbone).get("name", type(backbone).__name__))
-        self.options = None                 # what torchvision's get_model builds the backbone from
+        self.options = None                 # torchvision's get_model builds the backbone from it
         self.source = source
         self.image_size = image_size
         self.pruned = False
@@ -266,7 +267,7 @@ class MultiDomain(nn.Module):
         return [domain for domain in self.classes if domain != self.source]
 
     def add_domain(self, domain, num_classes):
-        """Switches at 1e-3, a fresh classifier, and a copy of the first domain's batch-norms."""
+        """Switches at 1e-3, a new classifier, copies of the first domain's batch-norms."""
         check_name(domain)
         if domain in self.classes or domain == self.source:
             raise InputError(f"domain {domain} is there already: give each one once")
@@ -304,7 +305,7 @@ class MultiDomain(nn.Module):
     def __call__(self, images, domain):
         if torch.compiler.is_compiling():
             return super().__call__(images, domain)
-        with LOCK:                          # the layers know one domain at work
+        with LOCK:                          # layers hold one domain at a time
             return super().__call__(images, domain)
 
     def forward(self, images, domain):
@@ -323,7 +324,7 @@ class MultiDomain(nn.Module):
         finally:
             for part in parts:
                 part.domain = None
-            for layer in layers:            # tensors with a gradient cannot be copied
+            for layer in layers:            # deepcopy refuses tensors with a graph
                 layer.switches = None
         return logits if isinstance(logits, torch.Tensor) else logits[0]    # no auxiliary logits
 
@@ -360,7 +361,7 @@ def is_conv(layer):
 
 
 def keep_tensors(backbone):
-    """Make buffers of the tensors that modules have: they move and are saved."""
+    """Make plain tensors of modules buffers, so they move and are saved."""
     for module in backbone.modules():
         for name, value in [*vars(module).items(), *module.named_buffers(recurse=False)]:
             if type(value) is torch.Tensor:
@@ -381,7 +382,7 @@ def layers_called(backbone, name, image_size):
     for key, module in trial.named_modules():
         module.register_forward_pre_hook(lambda module, inputs, key=key: order.append(key))
     try:
-        with torch.random.fork_rng():       # whoever asks draws the same random numbers afterwards
+        with torch.random.fork_rng():       # the caller's random numbers stay the same
             trial.train()(images)
             trained = set(order)
             order.clear()
@@ -414,7 +415,7 @@ def one_line(error):
 # -------- 3  The losses (Eq. 4, 5), the multiplier's step, floor, start and budget of switches ----
 
 def binarized(network, moving=None):
-    """s, (N, M): the binary switches of network.domains.
+    """s, (N, M): the binary switches of all domains.
 
     moving: the domains that get a gradient, by default all; a gradient of 0 would not do, since
     Adam's momentum moves on.
@@ -427,12 +428,12 @@ def binarized(network, moving=None):
 
 
 def budget_loss(usage, budget, multiplier):
-    """L_B = max(0, lambda_d (usage - beta)) of one domain (Eq. 4); usage: mean(s_d), say."""
+    """L_B = max(0, lambda_d (usage - beta)) of one domain (Eq. 4); usage: e.g. mean(s_d)."""
     return F.relu(multiplier * (usage - budget))
 
 
 def sharing_loss(s, budget, form="intersection"):
-    """L_PS / lambda_PS for s (N, M), the switches of all domains: max(0, ...) of
+    """L_PS / lambda_PS for s (N, M), binary, of all domains: max(0, ...) of
 
         intersection    1 - |s_1 & ... & s_N| / (M beta)                (Eq. 5)
         union           |s_1 or ... or s_N| / (M beta) - 1              (our reading of the journal
@@ -445,7 +446,9 @@ def sharing_loss(s, budget, form="intersection"):
         return F.relu(either / most - 1)
     if form == "jaccard":
         return F.relu(1 - both / either)
-    return F.relu(1 - both / most)
+    if form == "intersection":
+        return F.relu(1 - both / most)
+    raise InputError(f"sharing loss of form {form!r}: give intersection, union or jaccard")
 
 
 def next_multiplier(multiplier, usage, budget, rate=0.3):
@@ -459,7 +462,7 @@ def next_multiplier(multiplier, usage, budget, rate=0.3):
 
 @torch.no_grad()
 def keep_a_channel(network, domains):
-    """Switch the strongest channel on where one of `domains` has none on in a layer."""
+    """Where a domain has no channel on in a layer, switch its strongest one on."""
     rows = torch.stack([network.switches[domain] for domain in domains])                 # (N, M)
     strongest = [part.amax(dim=1) for part in rows.split(widths(network), dim=1)]
     for n, layer in (torch.stack(strongest, dim=1) <= 0).nonzero().tolist():
@@ -468,7 +471,7 @@ def keep_a_channel(network, domains):
 
 
 def ranked(network, value):
-    """(M,) positions of the switches by `value`, but the best of each layer first."""
+    """(M,) positions, highest `value` first, after the best of each layer."""
     value = value.clone()
     for layer in value.split(widths(network)):
         layer[layer.argmax()] = torch.inf
@@ -477,11 +480,11 @@ def ranked(network, value):
 
 @torch.no_grad()
 def start_switches(network, domain, importance, cost, room, spread=1e-2):
-    """Give the switches of `domain` values in the order of importance per cost, before the search.
+    """Start the switches of `domain` in the order of importance per cost, before the search.
 
     They fall evenly from `spread` to -spread; as many are positive as fit into `room`, one in each
     layer first. importance: (M,), the mean square of a switch's gradient [5]; cost: (M,), see
-    costs; room: the budget less what no switch governs, enough for a channel in each layer.
+    costs; room: budget - fixed (see costs), enough for a channel in each layer.
     """
     order = ranked(network, importance / cost)
     number = int((cost[order].cumsum(0) <= room + 1e-9).sum())
@@ -493,7 +496,7 @@ def start_switches(network, domain, importance, cost, room, spread=1e-2):
 
 @torch.no_grad()
 def hold_budget(network, domain, cost, room):
-    """Switch the least switches of `domain` off until the others' cost fits into `room`."""
+    """Turn the lowest switches of `domain` off until the rest fits into `room`."""
     row = network.switches[domain]
     value = torch.where(row > 0, row, -torch.inf).to("cpu", torch.double)
     order = ranked(network, value)
@@ -501,7 +504,7 @@ def hold_budget(network, domain, cost, room):
     row[over[value[over] > 0]] = 0
 
 
-# -------- 4  What it costs, relative to the backbone: from masks and one table of its layers ------
+# -------- 4  Cost relative to the backbone, from masks and a table; batch-norm statistics -------
 
 BUDGETS = ("layers", "channels", "macs", "params")
 
@@ -539,7 +542,7 @@ def channels_of(network, domains):
 
 
 def table(network, image_size=None):
-    """{shared layer: its weights before pruning}; with image_size its MACs for a crop, by THOP."""
+    """{shared layer: number of weights before pruning}; with image_size MACs per crop (THOP)."""
     whole = {name.removesuffix(".weight"): number for name, number in network.whole.items()}
     if image_size is None:
         return whole
@@ -564,7 +567,7 @@ def table(network, image_size=None):
 
 
 def costs(network, of="layers", image_size=None):
-    """((M,) float64, what each switch costs; what no switch governs): 1 in all, before pruning.
+    """(cost of each switch, (M,) float64; cost without a switch). They add up to 1 unpruned.
 
     of: layers, the paper's, 1 / (number of layers * C): usage is 1 - the sparsity of Table 7;
     channels, 1 / M; macs, params: a channel's share of those of the shared layers.
@@ -593,7 +596,7 @@ def share(network, domains=None, of="layers", image_size=None):
 
 
 def usage(network, of="layers", image_size=None, domains=None):
-    """{domain: share of the backbone that it reads}, which is held against the budget."""
+    """{domain: share of the backbone that it reads}, to compare with the budget."""
     cost, fixed = costs(network, of, image_size)
     domains = served(network, domains)
     return {domain: fixed + float(cost @ read(network, domain).double()) for domain in domains}
@@ -635,10 +638,10 @@ def macs(network, domains=None, image_size=None):
 def reestimate_batch_norm(network, domain, batches):
     """Set the running statistics of `domain` to their mean over `batches` of (images, labels).
 
-    Those of before are of other switches (EagleEye, ECCV 2020).
+    The old ones fit other switches (EagleEye, ECCV 2020).
     """
     served(network, [domain])
-    trial = copy.deepcopy(network).train()          # if something is raised, `network` is as before
+    trial = copy.deepcopy(network).train()          # an exception leaves `network` as it was
     for part in trial.parts():
         if isinstance(part[domain], nn.modules.batchnorm._BatchNorm):
             part[domain].reset_running_stats()
@@ -652,7 +655,7 @@ def reestimate_batch_norm(network, domain, batches):
         part[domain].load_state_dict(measured[domain].state_dict())
 
 
-# -------- 5  Pruning: from the last layer back to the first, who reads which channel --------------
+# -------- 5  Pruning: who reads which channel, from the last layer to the first --------------
 
 class Select(nn.Module):
     """The channels `index` of x: (B, C, ...) -> (B, len(index), ...)."""
@@ -687,7 +690,7 @@ class Code:
 
 
 class Pruned(nn.Module):
-    """The class of a pruned backbone, with a graph's code as its forward."""
+    """A pruned backbone, whose forward is the code of a graph."""
 
     def forward(self, images):
         return self._pruned.function(self, images)
@@ -701,12 +704,12 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, value):
         if type(value) is torch.Tensor and all(value is not one for one in self.root.buffers()):
-            self.root.register_buffer(free_name(self.root, "constant"), value)     # of forward
+            self.root.register_buffer(free_name(self.root, "constant"), value)     # in forward
         return super().create_arg(value)
 
 
 class Recorder(fx.Interpreter):
-    """Keeps in node.meta what a node yields, and the operands that it writes into."""
+    """Keeps in node.meta a node's value, and the operands it writes to."""
 
     def run_node(self, node):
         before = {}
@@ -724,7 +727,7 @@ class Recorder(fx.Interpreter):
 def trace(network):
     """The graph of the backbone's forward, run once; InputError if torch.fx cannot follow it.
 
-    What writes into a tensor that is read later gets a copy: a Select may come between.
+    A node that writes to a tensor read later gets a copy: a Select may come between.
     """
     size = 2, network.channels, network.image_size, network.image_size
     try:
@@ -781,9 +784,9 @@ def concatenates(node):
 
 
 def channelwise(network, node, operand):
-    """Whether `node`, without weights, makes channel c of channel c of `operand` and of no other.
+    """Whether `node` has no weights and its channel c depends on channel c of `operand` alone.
 
-    It is tried, with half as many channels too: the result must be NaN where a channel is.
+    Tested with NaN channels, also at half the width: NaN must stay in those channels.
     """
     layer = layer_of(network, node)
     if node.op == "output" or layer is not None and [*layer.parameters(), *layer.buffers()]:
@@ -843,7 +846,7 @@ def reads(network, node, live, channels_read):
 
 
 def liveness(network, graph, channels_read):
-    """({node: (C,) bool, its channels that anyone reads}, {node: reads of it})."""
+    """({node: (C,) bool, channels that are read}, {node: reads(node)})."""
     live = {node: torch.zeros(width(node), dtype=torch.bool) for node in graph.nodes}
     read_by = {}
     for node in reversed(graph.nodes):
@@ -859,7 +862,7 @@ def liveness(network, graph, channels_read):
 
 @contextlib.contextmanager
 def alone():
-    """No network runs in another thread meanwhile: torch.fx changes nn.Module when it traces."""
+    """No other thread runs a network: torch.fx patches nn.Module while it traces."""
     with LOCK:
         yield
 
@@ -867,7 +870,7 @@ def alone():
 @alone()
 @torch.no_grad()
 def cut(network, domains, channels_read):
-    """(a copy of `network` for `domains`, {norm: its rows left}); channels_read: of channels_of."""
+    """(a cut copy for `domains`, {norm: rows left}); channels_read: as channels_of gives it."""
     small = copy.deepcopy(network).eval()
     graph = trace(small)
     live, read_by = liveness(small, graph, channels_read)
@@ -928,7 +931,7 @@ def cut_norm(norm, rows):
     """Keep the channels `rows` (K,)."""
     norm.num_features = len(rows)
     for tensor in (*norm.parameters(), *norm.buffers()):
-        if tensor.dim():                    # the number of batches has none
+        if tensor.dim():                    # num_batches_tracked has none
             tensor.data = tensor.data[rows]
 
 
@@ -937,7 +940,7 @@ def prune(network, domains=None, keep_source=False):
     """A smaller copy of `network` for `domains` (default: all adapted), with the same logits.
 
     Without the channels that none of them reads, for evaluation. keep_source: all of the source
-    stays. InputError if torch.fx cannot follow the forward, or if logits for random images differ.
+    stays. InputError if torch.fx cannot follow the forward or the logits of random images differ.
     """
     domains = served(network, domains)
     if not set(domains) - {network.source}:
@@ -959,9 +962,9 @@ def prune(network, domains=None, keep_source=False):
 
 
 def without_unused(network, domains):
-    """A function (x, domain) -> logits with which to train `network` once its switches stay.
+    """A function (x, domain) -> logits, to train `network` once its switches are fixed.
 
-    It skips channels that none of `domains` reads; it is `network` where torch.fx cannot follow.
+    It skips channels that no domain reads; `network` itself if torch.fx cannot follow it.
     """
     try:
         small, rows = cut(network, domains, channels_of(network, domains))
@@ -994,7 +997,7 @@ FORMAT = "ba2ps-4"      # of every checkpoint
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever goes wrong inside becomes an InputError of one line that names `path`."""
+    """Turn any exception inside into a one-line InputError that names `path`."""
     try:
         yield
     except FileNotFoundError:
@@ -1007,8 +1010,8 @@ def reading(path):
 
 @contextlib.contextmanager
 def writing(path):
-    """Gives the name of a file that is moved to `path` at the end: all or nothing."""
-    part = f"{path}.{os.getpid()}.part"     # two processes may be at it
+    """Yield a temporary name that is moved to `path` at the end: all or nothing."""
+    part = f"{path}.{os.getpid()}.part"     # two processes may write
     try:
         yield part
         os.replace(part, path)
@@ -1020,7 +1023,7 @@ def writing(path):
 
 
 def plain(fact):
-    """`fact` as load can read it: numpy's become Python's, paths strings."""
+    """`fact` as load can read it: numpy to Python, paths to strings."""
     if isinstance(fact, dict):
         return {key: plain(value) for key, value in fact.items()}
     if isinstance(fact, (list, tuple)):
@@ -1039,7 +1042,7 @@ def save(path, network, /, **facts):
     All or nothing: InputError if load could not read it. The file is a dictionary with a state_dict
     in "state" and what load builds the network from.
     """
-    state = network.state_dict()                    # with the versions of modules that it holds
+    state = network.state_dict()                    # with its modules' version metadata
     for name, value in state.items():
         if isinstance(value, torch.Tensor):         # not what a module adds by get_extra_state
             state[name] = value.detach().cpu().contiguous()     # the format decides on last bits
@@ -1061,7 +1064,7 @@ def build(name, options=None, num_classes=1):
         _, depth, width = name.split("-")
         return WideResNet(int(depth), int(width), num_classes)
     if options is None:
-        raise InputError(f"holds a {name} of one's own: load(path, backbone={name}(...))")
+        raise InputError(f"holds your own {name}: load(path, backbone={name}(...))")
     from torchvision.models import get_model
     return get_model(name, weights=None, **options)
 

@@ -293,7 +293,8 @@ class Images:
         empty = sorted(classes.keys() - {labels.get(number) for number in names})
         if labels and empty:
             first = ", ".join(ascii(classes[category]) for category in empty[:3])
-            notes.append(f"{len(empty)} classes without images: {first}{', ...' * (len(empty) > 3)}")
+            more = ", ..." if len(empty) > 3 else ""
+            notes.append(f"{len(empty)} classes without images: {first}{more}")
         check(names, "; ".join([f"{path} lists no images", *notes]))
 
         mean, std = MEAN_STD.get(self.domain, (None, None)) if self.channels == 3 else (None, None)
@@ -472,6 +473,7 @@ def load_model(path):
     network, facts = ba2ps.load(path)
     facts = {"budget": None, "budget_of": "layers", "arguments": {}, **facts}
     with ba2ps.reading(path):
+        check("domains" in facts, "no classes and channel means of its domains: train.py adds them")
         for domain, number in network.classes.items():
             record = facts["domains"][domain]
             numbers = torch.tensor([record["mean"], record["std"]]).view(2, network.channels)
@@ -536,7 +538,7 @@ def parse():
     add("--workers", type=at_least(0), default=2, help="processes that decode images")
     add("--split", default="val", choices=["train", "val", "test"])
     add("--crops", type=int, choices=[1, 5, 10], help="default: 10, or 5 without mirroring")
-    add("--skip-source", action="store_true", help="say where ImageNet is missing")
+    add("--skip-source", action="store_true", help="where ImageNet is missing")
     add("--baseline", help="a file: {domain: accuracy of full fine-tuning in %%}, for S")
     add("--json", help="a file for all measures")
     add("--results", help="a file for the challenge's server")

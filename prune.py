@@ -3,7 +3,7 @@
 
   python prune.py runs/first/model.pt --out small.pt                      # all adapted domains
   python prune.py runs/first/model.pt --out two.pt --domains gtsrb svhn   # two: smaller still
-  python prune.py runs/first/model.pt --out one.pt --domain gtsrb         # one: load_dense
+  python prune.py runs/first/model.pt --out one.pt --domain gtsrb         # for load_dense
   python prune.py runs/first/model.pt --export one.pt2 --domain gtsrb     # needs torch alone
 
 The logits stay the same. The source needs the whole backbone: --keep-source. Params are relative
@@ -145,7 +145,7 @@ def stored_params(network):
 
 
 def black(model, number, size):
-    """Images for a dense network; one that was pickled forgets that its C is not 3."""
+    """Black images for a dense network; a pickled one loses its C and gets 3."""
     channels = getattr(model, "meta", {}).get("channels", 3)
     return next(model.parameters()).new_zeros(number, channels, size, size)
 

@@ -40,11 +40,11 @@ from evaluate import (MEAN_STD, Images, accuracy, at_least, check_device, domain
 # -------- 1  The method: domains in round robin; cross-entropy + budget + sharing ---------------
 
 def adapt(network, domains, train, val, args, run):
-    """Train what `domains` own, all else frozen. train, val: {domain: Images}, val {}: no accuracy.
+    """Train what `domains` own, all else frozen. train, val: {domain: Images}; no val, no accuracy.
 
     A run has up to three parts, each of whole epochs. Warm-up: every channel is on, and the mean
     square of the gradient of a switch is measured. Search: the paper's losses move the switches.
-    Settled: switches stay, batch-norm and classifiers train on. Recipe paper is search alone.
+    Settled: only batch-norm and classifiers train. Recipe paper has the search alone.
     """
     network.freeze_backbone()
     weights = network.owned_parameters(domains)
@@ -57,14 +57,14 @@ def adapt(network, domains, train, val, args, run):
     cost, fixed = ba2ps.costs(network, args.budget_of)                      # (M,), float64
     cost_here = cost.to(rows[0])
     whole = sum(len(kept) for kept in network.kept.values())
-    beta = args.budget * whole / len(cost)      # of Eq. 5, where M is that of the backbone
+    beta = args.budget * whole / len(cost)      # of Eq. 5: M is the backbone's, unpruned
     multiplier = dict.fromkeys(domains, 0.0)                                # lambda_d
     importance = {domain: torch.full_like(cost, 1e-30) for domain in domains}
     order = torch.Generator().manual_seed(args.seed)    # of domains, images, crops and mirroring
     sizes = {domain: len(train[domain]) for domain in domains}
     warmup, settle = turns(args)
     everyone = args.sharing > 0 and args.share_to == "all"
-    rank, number = processes()
+    rank, world = processes()
     progress = progress_line(args.epochs * sum(sizes.values()), "adapt")
     forward = network
     skipped = 0
@@ -78,10 +78,11 @@ def adapt(network, domains, train, val, args, run):
             forward = ba2ps.without_unused(network, domains)
         network.train()
         decay = 0.1 if epoch > round(args.decay_at * args.epochs) else 1.0
-        sgd.param_groups[0]["lr"] = decay * args.lr
-        adam.param_groups[0]["lr"] = decay * args.switch_lr
+        for optimizer, rate in ((sgd, args.lr), (adam, args.switch_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = decay * rate
         losses = dict.fromkeys(domains, 0.0)        # means over the epoch, of cross-entropy
-        excesses = []                               # of each step, L_PS / lambda_PS
+        excesses = []                               # L_PS / lambda_PS of each step
 
         for batch in schedule(args.schedule, sizes, args.batch_size, order):
             # batch: {domain: indices of its images}; several domains if mixed
@@ -92,15 +93,16 @@ def adapt(network, domains, train, val, args, run):
                 losses[domain] += task.item() / sizes[domain]
                 loss = loss + task / size                                   # L
             if searching:
-                # without a sharing loss other domains get no gradient: Adam would move them on
-                s = ba2ps.binarized(network, domains if everyone else batch)            # (N, M)
+                # without sharing, cut the others off: on a gradient of 0 Adam moves them on
+                moving = domains if everyone else list(batch)
+                s = ba2ps.binarized(network, moving)                        # (N, M)
                 usage = dict(zip(network.domains, s @ cost_here + fixed))
                 for domain in batch:                                        # L_B, Eq. 4
                     over = ba2ps.budget_loss(usage[domain], args.budget, multiplier[domain])
-                    loss = loss + over / number
+                    loss = loss + over / world
                 if args.sharing > 0:                                        # L_PS, Eq. 5
                     excess = ba2ps.sharing_loss(s, beta, args.sharing_loss)
-                    loss = loss + args.sharing * excess / number
+                    loss = loss + args.sharing * excess / world
                     excesses.append(excess.item())
             sgd.zero_grad()
             adam.zero_grad()
@@ -110,7 +112,7 @@ def adapt(network, domains, train, val, args, run):
                 progress(size)
             if not settled and not finite([network.switches[domain].grad for domain in batch]):
                 if skipped == 0:
-                    print("a gradient is missing or not finite: such steps move nothing")
+                    print("gradient missing or not finite: such steps are skipped")
                 skipped += 1
                 continue
             sgd.step()                              # batch-norm, classifiers
@@ -120,7 +122,7 @@ def adapt(network, domains, train, val, args, run):
                     importance[domain] = 0.999 * importance[domain] + squares
             if searching:
                 adam.step()                         # switches
-                ba2ps.keep_a_channel(network, domains if everyone else list(batch))
+                ba2ps.keep_a_channel(network, moving)
                 for domain in batch:
                     multiplier[domain] = ba2ps.next_multiplier(
                         multiplier[domain], usage[domain], args.budget, args.multiplier_lr)
@@ -139,7 +141,7 @@ def adapt(network, domains, train, val, args, run):
 
 
 def turns(args):
-    """(the last epoch of the warm-up, the last one before the switches settle), both whole."""
+    """(last epoch of the warm-up, last epoch before the switches settle)."""
     if args.adapt != "switches":
         return 0, 0                         # settled all along
     warmup = 0
@@ -152,9 +154,9 @@ def turns(args):
 
 
 def start(network, domains, importance, cost, room, args):
-    """Give the switches of `domains` values by their importance, its sum over domains if shared."""
+    """Start the switches of `domains` by importance; if shared, by its sum over domains."""
     shares = {}
-    for domain in network.domains:      # one that is not trained finds important what it reads
+    for domain in network.domains:      # an untrained one's importance is what it reads
         value = importance.get(domain, ba2ps.read(network, domain).double())
         shares[domain] = value / value.sum()
     for domain in domains:
@@ -169,11 +171,11 @@ def finite(tensors):
 
 
 def cross_entropy(network, domain, images, indices, order, args):
-    """Its sum over the rows of a batch that this process takes."""
+    """The sum over this process's rows of a batch."""
     rank, number = processes()
     first = len(indices) * rank // number
     last = len(indices) * (rank + 1) // number
-    # without a row it takes one, at weight 0: all processes have the same gradients to add up
+    # without a row it takes one at weight 0, so that all processes have gradients to sum
     rows = slice(first, max(last, first + 1))
     x, y = images.batch(indices, order, args.device, rows)      # (B, C, S, S), (B,)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -185,7 +187,7 @@ def cross_entropy(network, domain, images, indices, order, args):
 
 
 def schedule(name, sizes, batch_size, order):
-    """The steps of one epoch, in which every image is seen once: [{domain: indices}, ...].
+    """The steps of one epoch, every image once: [{domain: indices}, ...].
 
     epoch: an epoch of each domain, in random order; batch: a batch of one domain after another's,
     spread out; mixed: batches drawn from all domains (supplement A). sizes: {domain: images}.
@@ -212,7 +214,7 @@ def schedule(name, sizes, batch_size, order):
 
 
 def report(network, domains, val, args, run, epoch, losses, multiplier, excesses):
-    """A row per domain in the log. Usage, intersection and sparsity are shares in one measure."""
+    """A row per domain in the log. Usage, intersection, sparsity: shares of `measure`."""
     total = torch.tensor(list(losses.values()), device=args.device)
     if processes()[1] > 1:
         dist.all_reduce(total)
@@ -230,7 +232,7 @@ def report(network, domains, val, args, run, epoch, losses, multiplier, excesses
 
 
 def validate(network, domain, val, args):
-    """Accuracy (%) of the centre crop on val, None where val is trained on."""
+    """Accuracy (%) of the centre crop on val; None if val is trained on."""
     if domain not in val or processes()[0]:
         return None
     return accuracy(predict(network, domain, val[domain], 1, 128, args.device), val[domain])
@@ -304,19 +306,19 @@ def join_processes(args):
     if cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    patience = datetime.timedelta(hours=12)     # the others wait while the first one decodes
+    patience = datetime.timedelta(hours=12)     # others wait while the first decodes
     dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
 
 
 @contextlib.contextmanager
 def first_alone():
-    """The first process goes ahead; the others find done what it did. They leave together."""
+    """The first process runs it first; the others find its files. They leave together."""
     rank, number = processes()
     if rank > 0:
         dist.barrier()
     try:
         yield
-    finally:        # also if it finds something wrong: the others do, too
+    finally:        # also on an error: the others meet it too
         if number > 1 and rank == 0:
             dist.barrier()
         if number > 1:
@@ -330,7 +332,7 @@ def sum_gradients(network):
 
 
 def average_statistics(network, domains):
-    """Give all processes the mean of their running statistics; GPUs have nn.SyncBatchNorm."""
+    """Average running statistics over processes; GPUs use nn.SyncBatchNorm."""
     for part in network.parts() if processes()[1] > 1 else ():
         for domain in domains:
             for buffer in part[domain].buffers():
@@ -342,11 +344,11 @@ def average_statistics(network, domains):
 # -------- 4  What a run leaves on the disk --------------------------------------------------------
 
 class Run:
-    """The files of a run in `out`. state.pt is what it needs to go on as if it never stopped.
+    """The files of a run in `out`. state.pt is all that --resume needs.
 
     It is written at the end of every epoch and removed at the end of the run: a kill costs an epoch
-    at most. A run has phases, one for each call of `epochs`; those that are over yield no epochs.
-    files: the models that it leaves. seen: {what must be the same on going on, besides flags: it}.
+    at most. A run has phases, one per call of `epochs`; finished phases yield no epochs.
+    files: the models it writes. seen: {name: what, besides flags, must be the same on --resume}.
     """
 
     def __init__(self, out, files, args, seen):
@@ -389,7 +391,7 @@ class Run:
         self.rows = state["rows"]
 
     def epochs(self, phase, number, *parts):
-        """The epochs up to `number` that are still to do; `parts` get back what they held."""
+        """Yield the epochs still to do, up to `number`; restore the state of `parts`."""
         if phase in self.finished:
             return
         parts = [*parts, torch.default_generator]       # dropout draws from it
@@ -428,7 +430,8 @@ class Run:
         print(", ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
         with ba2ps.writing(self.out / "log.csv") as part:
             with open(part, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, self.rows[0] | cells)     # columns
+                columns = dict.fromkeys(name for row in self.rows for name in row)
+                writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(self.rows)
 
@@ -490,7 +493,7 @@ def parse():
     add("--cache", "where decoded images are kept (default: DATA/cache)")
     add("--workers", "processes that decode images", at_least(0))
     add("--source", "the backbone's domain (default: imagenet12)")
-    add("--domains", "those to adapt to (default: all others)", nargs="+")
+    add("--domains", "to adapt to (default: all but --source)", nargs="+")
     add("--splits", "to train on", nargs="+", choices=["train", "val"])
     add("--no-mirror", "domains, besides the paper's four", nargs="+")
     add("--backbone", "a backbone.pt to use instead of training one")
@@ -501,17 +504,17 @@ def parse():
     add("--image-size", "of crops (default: 64, torchvision's 224)", at_least(16))
     add("--recipe", "paper: as published; settled: never over budget", choices=list(RECIPES))
     add("--budget", "beta: the share that a domain may have on", share)
-    add("--budget-of", "measured as the mean share of layers, or a share", choices=ba2ps.BUDGETS)
+    add("--budget-of", "what it is a share of; layers: mean over them", choices=ba2ps.BUDGETS)
     add("--sharing", "lambda_PS; 0 is BA2", rate)
     add("--sharing-loss", "its form", choices=["intersection", "union", "jaccard"])
-    add("--share-to", "whom the sharing loss moves", choices=["all", "current"])
+    add("--share-to", "who gets its gradient", choices=["all", "current"])
     add("--schedule", "a domain's turn", choices=["epoch", "batch", "mixed"])
     add("--independent", "every domain alone: with --sharing 0, BA2", action="store_true")
-    add("--adapt", "or batch-norm and classifier alone, or all weights of a network per domain",
+    add("--adapt", "what trains; classifier: with batch-norm; all: a network per domain",
         choices=["switches", "classifier", "all"])
     add("--warmup", "share of the epochs that measure importance with every channel on", share)
     add("--start", "from the importance for all domains, or for its own", choices=["shared", "own"])
-    add("--spread", "value of the most important switch then", some)
+    add("--spread", "largest value a switch starts at", some)
     add("--settle", "share of the epochs after which the budget is held and switches stay", some)
     add("--epochs", "of each domain; 0: the backbone alone", at_least(0))
     add("--decay-at", "share of the epochs after which both rates are divided by 10", share)
@@ -543,7 +546,7 @@ def flag(name):
 
 
 def refuse_idle(args, given):
-    """InputError for a flag that does nothing here, or contradicts another one."""
+    """InputError for a flag without effect, or at odds with another."""
     warmup, settle = turns(args)
     ready = args.backbone or args.start_from
     foreign = not ready and is_foreign(args)
@@ -575,7 +578,7 @@ def is_foreign(args):
 # -------- 6  The script ---------------------------------------------------------------------------
 
 def given_network(args):
-    """(network or None, {domain: record}) of the flags; fills in those that a file answers."""
+    """(network or None, {domain: record}); sets the flags that the file decides."""
     path = args.backbone or args.start_from
     network = None
     records = {}
@@ -601,7 +604,7 @@ def given_network(args):
 def multi_domain(plain, options, args):
     network = ba2ps.MultiDomain(plain, {}, args.source, args.image_size)
     network.name = args.network
-    network.options = options       # with which load builds its like
+    network.options = options       # load builds it with them
     return network
 
 
@@ -663,7 +666,7 @@ def read_images(args, network, records):
 
 
 def rehearse(network, domains, train, args, out):
-    """What would fail at the end of a run fails before it, on a copy."""
+    """Fail before the run at what would fail at its end; on a copy."""
     trial = copy.deepcopy(network).train()
     least = 2
     for domain, images in train.items():
@@ -692,8 +695,8 @@ def rehearse(network, domains, train, args, out):
         ba2ps.load(f"{folder}/model.pt")
     try:
         ba2ps.prune(trial, domains[:1])
-    except InputError as error:
-        print(f"prune.py will not do: {error}")
+    except Exception as error:
+        print(f"prune.py will not do: {ba2ps.one_line(error)}")
 
 
 def output_folder(args, files):
@@ -724,7 +727,7 @@ def output_folder(args, files):
 
 
 def prepare(args):
-    """(network, domains, train, val, records, run): what is looked at before the first step."""
+    """(network, domains, train, val, records, run), checked before the first step."""
     if args.data == TOY["data"] and not os.path.isdir(args.data):
         print(f"no --data: drawing a toy decathlon in {args.data}")
         from tests.toy import draw_toy
@@ -773,7 +776,7 @@ def train_all(network, domains, train, val, records, run, args):
     elif args.epochs:
         for domain in domains:
             if domain not in network.domains:
-                torch.manual_seed(args.seed)    # it starts alike whatever other domains there are
+                torch.manual_seed(args.seed)    # same start whatever the other domains
                 network.add_domain(domain, len(records[domain]["classes"]))
         for group in [[domain] for domain in domains] if args.independent else [domains]:
             adapt(network, group, train, val, args, run)
