@@ -451,7 +451,8 @@ def draw_channels(path, network):
     high = 8 * len(network.domains) + 8  # pixels for a layer
     picture = Image.new("RGB", (1200, 30 + high * len(layers)), "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((10, 8), f"{network.name}; rows: {', '.join(network.domains)}", "black")
+    rows = ", ".join(network.domains)
+    pen.text((10, 8), f"{network.name}; rows: {rows}; blue: on, grey: off, orange: pruned", "black")
     top = 30
     for name, on in layers.items():
         columns = sorted(on.T.tolist(), key=lambda used: (-sum(used), used))
