@@ -789,29 +789,27 @@ def concatenates(node):
 def channelwise(network, node, operand):
     """Whether `node` has no weights and its channel c depends on channel c of `operand` alone.
 
-    Tested with NaN channels, also at half the width: NaN must stay in those channels.
+    Tested with half as many channels, NaN in some: NaN must stay in those.
     """
     layer = layer_of(network, node)
     if node.op == "output" or layer is not None and [*layer.parameters(), *layer.buffers()]:
         return False
     if width(node) != width(operand) or not all(map(width, node.all_input_nodes)):
         return False
+    channels = (width(operand) + 1) // 2
+    bits = torch.arange(channels) >> torch.arange(channels.bit_length())[:, None] & 1 > 0
+    codes = torch.cat([bits, ~bits])        # (B, channels): some row tells any two apart
     trial = fx.Interpreter(network.backbone, garbage_collect_values=False, graph=node.graph)
-    for channels in {width(operand), (width(operand) + 1) // 2}:
-        bits = torch.arange(channels) >> torch.arange(channels.bit_length())[:, None] & 1 > 0
-        codes = torch.cat([bits, ~bits])    # (B, channels): some row tells any two apart
-        for other in node.all_input_nodes:
-            own = channels if width(other) == width(operand) else width(other)
-            trial.env[other] = torch.ones(len(codes), own, *other.meta["value"].shape[2:])
-        trial.env[operand][codes] = torch.nan
-        try:
-            made = trial.run_node(node)
-            off = made.isnan().view(*codes.shape, -1).any(dim=2)
-        except Exception:                   # it wants another number of channels
-            return False
-        if made.shape[:2] != codes.shape or not off.equal(codes):
-            return False
-    return True
+    for other in node.all_input_nodes:
+        own = channels if width(other) == width(operand) else width(other)
+        trial.env[other] = torch.ones(len(codes), own, *other.meta["value"].shape[2:])
+    trial.env[operand][codes] = torch.nan
+    try:
+        made = trial.run_node(node)
+        off = made.isnan().view(*codes.shape, -1).any(dim=2)
+    except Exception:                       # it wants another number of channels
+        return False
+    return made.shape[:2] == codes.shape and off.equal(codes)
 
 
 def reads(network, node, live, channels_read):
