@@ -799,6 +799,8 @@ def channelwise(network, node, operand):
     channels = (width(operand) + 1) // 2
     bits = torch.arange(channels) >> torch.arange(channels.bit_length())[:, None] & 1 > 0
     codes = torch.cat([bits, ~bits])        # (B, channels): some row tells any two apart
+    if len(codes) == channels:
+        codes = torch.cat([codes, codes])   # or a parameter of (C, 1, 1) would fit the batch
     trial = fx.Interpreter(network.backbone, garbage_collect_values=False, graph=node.graph)
     for other in node.all_input_nodes:
         own = channels if width(other) == width(operand) else width(other)
