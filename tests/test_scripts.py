@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """README's loop and the scripts together: folders, networks of torchvision, a later domain."""
 import argparse
+import hashlib
 import re
 
 import pytest
@@ -103,6 +104,20 @@ def test_default_weights_are_those_of_torchvision(tmp_path, monkeypatch):
     assert network.options == {"num_classes": 1000} and len(records["photos"]["classes"]) == 1000
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(network.eval()(x, "photos"), plain.eval()(x))
+
+
+def test_googlenets_own_files_scale_their_images(tmp_path, monkeypatch):
+    plain = models.googlenet(num_classes=5, init_weights=False)
+    path = tmp_path / "w.pt"
+    torch.save(plain.state_dict(), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    args = argparse.Namespace(network="googlenet", weights=path, source="photos", image_size=64)
+    for url, scaled in (("other-1234.pth", False), (f"googlenet-{digest}.pth", True)):
+        known = [argparse.Namespace(url=url)]       # of torchvision's files
+        monkeypatch.setattr(models, "get_model_weights", lambda name: known)
+        network, _ = train.pretrained(args)
+        options = {"transform_input": scaled, "aux_logits": True, "num_classes": 5}
+        assert network.options == options and network.backbone.transform_input == scaled
 
 
 def test_the_loop_of_the_readme_as_printed(photos, tmp_path, monkeypatch):
