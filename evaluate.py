@@ -609,7 +609,8 @@ def main():
         report = measure(network, facts, accuracies, args.split, baseline)
         print(f"usage: share of {report['budget_of']} that is on, budget {report['budget']}")
         show([{path: domain, **row} for domain, row in report["domains"].items()])
-        show([{"": key, " ": value} for key, value in report.items() if key != "domains"])
+        known = {key: value for key, value in report.items() if value is not None}
+        show([{"": key, " ": value} for key, value in known.items() if key != "domains"])
     if args.json:
         write_json(args.json, report)
 
