@@ -41,7 +41,7 @@ def dense(network, domain=None):
     small, _ = ba2ps.cut(network, [domain], ba2ps.channels_of(network, [domain]))
     graph = ba2ps.trace(small.eval())
     for node in list(graph.nodes):
-        if isinstance(layer_of(small, node), ba2ps.PerDomain):
+        if isinstance(ba2ps.layer_of(small, node), ba2ps.PerDomain):
             node.target = f"{node.target}.{domain}"
             fold(small, node)
     for node in list(graph.nodes):
@@ -64,18 +64,14 @@ def dense(network, domain=None):
     return model
 
 
-def layer_of(network, node):
-    return network.backbone.get_submodule(node.target) if node.op == "call_module" else None
-
-
 def fold(network, node):
     """Put a batch-norm into the convolution before it, or else make an addcmul of it."""
-    norm = layer_of(network, node)
+    norm = ba2ps.layer_of(network, node)
     if type(norm) is not nn.BatchNorm2d or norm.running_var is None:
         return                              # a subclass may do more
     rest = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     x = node.args[0]
-    conv = layer_of(network, x)
+    conv = ba2ps.layer_of(network, x)
     if ba2ps.is_conv(conv) and len(x.users) == 1:
         conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *rest)
         node.replace_all_uses_with(x)
@@ -89,7 +85,7 @@ def fold(network, node):
 
 def quicken(network, node):
     """Let a node do the same in less time."""
-    layer = layer_of(network, node)
+    layer = ba2ps.layer_of(network, node)
     mine = [one for one in node.all_input_nodes if one.meta.get("fresh") and len(one.users) == 1]
     if ba2ps.is_conv(layer) and layer.padding_mode == "zeros":
         x = node.args[0]
@@ -140,7 +136,7 @@ def stored_params(network):
     rows = 0
     for part in network.parts():
         rows += sum(norm.num_features for norm in part.values() if isinstance(norm, ba2ps.NORMS))
-    bits = sum(on.numel() for on in ba2ps.masks(network).values())
+    bits = len(network.domains) * sum(map(len, network.kept.values()))
     return (weights + 4 * rows + bits / 32) / sum(network.whole.values())
 
 

@@ -127,7 +127,7 @@ def adapt(network, domains, train, val, args, run):
                     multiplier[domain] = ba2ps.next_multiplier(
                         multiplier[domain], usage[domain], args.budget, args.multiplier_lr)
         average_statistics(network, domains)
-        report(network, domains, val, args, run, epoch, losses, multiplier, excesses)
+        report(network, domains, val, args, run, epoch, losses, multiplier, excesses, cost, fixed)
         if epoch == warmup:
             start(network, domains, importance, cost, args.budget - fixed, args)
         if epoch == settle:
@@ -213,12 +213,11 @@ def schedule(name, sizes, batch_size, order):
     return [step for _, _, step in steps]
 
 
-def report(network, domains, val, args, run, epoch, losses, multiplier, excesses):
+def report(network, domains, val, args, run, epoch, losses, multiplier, excesses, cost, fixed):
     """A row per domain in the log. Usage, intersection, sparsity: shares of `measure`."""
     total = torch.tensor(list(losses.values()), device=args.device)
     if processes()[1] > 1:
         dist.all_reduce(total)
-    cost, fixed = ba2ps.costs(network, args.budget_of)
     on = torch.stack([ba2ps.read(network, domain) for domain in domains]).double()      # (N, M)
     for domain, loss, row in zip(domains, total.tolist(), on):
         run.log(phase="adapt", epoch=epoch, domain=domain, loss=loss,
@@ -226,7 +225,7 @@ def report(network, domains, val, args, run, epoch, losses, multiplier, excesses
                 measure=args.budget_of,
                 usage=fixed + float(row @ cost),
                 intersection=fixed + float(on.amin(dim=0) @ cost),
-                sparsity_all=float((1 - on.amax(dim=0)) @ cost),
+                sparsity_all=max(0.0, 1 - fixed - float(on.amax(dim=0) @ cost)),
                 multiplier=multiplier[domain],
                 sharing_loss=sum(excesses) / len(excesses) if excesses else None)
 
