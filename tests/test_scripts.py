@@ -73,7 +73,7 @@ def test_a_network_of_torchvision_folders_and_a_later_domain(photos, tmp_path, r
         assert both.pruned == (start == small)
         assert ba2ps.usage(both, "channels")["digits"] <= 0.5 + 1e-9
         last = (later.parent / "log.csv").read_text().splitlines()[-1].split(",")
-        assert float(last[8]) == pytest.approx(1 - float(last[6]), abs=1e-5)    # what is pruned is off
+        assert float(last[8]) == pytest.approx(1 - float(last[6]), abs=1e-5)  # pruned is off
         for on in ba2ps.masks(both).values():           # it chose among the channels that are left
             assert not both.pruned or bool((on[0] | ~on[1]).all())
     assert "digits" in run("evaluate.py", later, "--skip-source")
