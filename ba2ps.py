@@ -481,6 +481,18 @@ def ranked(network, value):
     return value.argsort().flip(0)
 
 
+def pooled(network, importance, room):
+    """(M,) bool: a pool of channels, those worth most per parameter, that fits into `room`.
+
+    importance: (M,), summed over domains; room: share of the backbone's parameters.
+    """
+    cost, fixed = costs(network, "params")
+    order = ranked(network, importance / cost)
+    pool = torch.zeros(len(cost), dtype=torch.bool)
+    pool[order[cost[order].cumsum(0) <= room - fixed + 1e-9]] = True
+    return pool
+
+
 @torch.no_grad()
 def start_switches(network, domain, importance, cost, room, spread=1e-2):
     """Start the switches of `domain` in the order of importance per cost, before the search.

@@ -484,9 +484,9 @@ def load_model(path):
     return network, facts
 
 
-def write_json(path, content):
+def write_json(path, content, **form):
     with ba2ps.writing(path) as part:
-        Path(part).write_text(json.dumps(content, indent=1), "utf-8")
+        Path(part).write_text(json.dumps(content, **form), "utf-8")
 
 
 def progress_line(total, what):
@@ -579,7 +579,7 @@ def evaluate(path, network, facts, args):
             category = images.record["category_ids"][label]
             results.append({"image_id": number, "category_id": category})
     if args.results:
-        write_json(args.results, results)
+        write_json(args.results, results, separators=(",", ":"))
     return accuracies
 
 
@@ -612,7 +612,7 @@ def main():
         known = {key: value for key, value in report.items() if value is not None}
         show([{"": key, " ": value} for key, value in known.items() if key != "domains"])
     if args.json:
-        write_json(args.json, report)
+        write_json(args.json, report, indent=1)
 
 
 if __name__ == "__main__":

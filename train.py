@@ -154,15 +154,16 @@ def turns(args):
 
 
 def start(network, domains, importance, cost, room, args):
-    """Start the switches of `domains` by importance; if shared, by its sum over domains."""
+    """Start the switches of `domains`: in a pool by a domain's own importance, else by all's."""
     shares = {}
     for domain in network.domains:      # an untrained one's importance is what it reads
         value = importance.get(domain, ba2ps.read(network, domain).double())
         shares[domain] = value / value.sum()
+    total = sum(shares.values())
+    pool = ba2ps.pooled(network, total, 1.0 if args.independent else args.pool)
+    lift = (total / cost).max()         # above all that is not in the pool
     for domain in domains:
-        value = shares[domain]
-        if args.start == "shared" and not args.independent:
-            value = sum(shares.values())
+        value = torch.where(pool, shares[domain] + lift * cost, total)
         ba2ps.start_switches(network, domain, value, cost, room, args.spread)
 
 
@@ -225,7 +226,7 @@ def report(network, domains, val, args, run, epoch, losses, multiplier, excesses
                 measure=args.budget_of,
                 usage=fixed + float(row @ cost),
                 intersection=fixed + float(on.amin(dim=0) @ cost),
-                sparsity_all=max(0.0, 1 - fixed - float(on.amax(dim=0) @ cost)),
+                sparsity_all=max(0.0, round(1 - fixed - float(on.amax(dim=0) @ cost), 9)),
                 multiplier=multiplier[domain],
                 sharing_loss=sum(excesses) / len(excesses) if excesses else None)
 
@@ -288,7 +289,7 @@ def fine_tune(network, domains, train, val, args, run, facts):
         baseline[domain] = accuracy(probabilities, val[domain])
         print(f"{domain}: {baseline[domain]:.2f}% on val")
     if processes()[0] == 0:
-        write_json(run.out / "baseline.json", baseline)
+        write_json(run.out / "baseline.json", baseline, indent=1)
     print(f"next: python evaluate.py MODEL --baseline {run.out / 'baseline.json'}")
 
 
@@ -454,7 +455,7 @@ def methods(part):
 DEFAULTS = {    # of flags that are not given, unless the recipe or the toy has others
     "workers": 2, "splits": ["train"], "no_mirror": [], "backbone_epochs": 30, "budget": 0.5,
     "sharing": 1.0, "sharing_loss": "intersection", "share_to": "all", "schedule": "epoch",
-    "adapt": "switches", "start": "shared", "spread": 1e-2, "epochs": 60, "decay_at": 0.75,
+    "adapt": "switches", "spread": 1e-1, "epochs": 60, "decay_at": 0.75,
     "switch_lr": 1e-4, "multiplier_lr": 0.3, "precision": "fp32", "seed": 0,
     "device": "cuda" if torch.cuda.is_available() else "cpu"}
 RECIPES = {
@@ -467,7 +468,7 @@ TOY = {
     "image_size": 32, "epochs": 40, "switch_lr": 3e-4, "no_mirror": ["strokes", "signs", "digits"]}
 SHARING = "sharing_loss", "share_to"
 SEARCH = *SHARING, "switch_lr", "multiplier_lr"
-START = "start", "spread"
+START = "pool", "spread"
 SWITCHES = *SEARCH, *START, "budget", "sharing", "warmup", "settle", "independent"
 
 
@@ -512,7 +513,8 @@ def parse():
     add("--adapt", "what trains; classifier: with batch-norm; all: a network per domain",
         choices=["switches", "classifier", "all"])
     add("--warmup", "share of the epochs that measure importance with every channel on", share)
-    add("--start", "from the importance for all domains, or for its own", choices=["shared", "own"])
+    add("--pool", "share of the parameters among which every domain chooses its start; "
+        "0: all start alike; 1: each with its own (default: --budget)", share)
     add("--spread", "largest value a switch starts at", some)
     add("--settle", "share of the epochs after which the budget is held and switches stay", some)
     add("--epochs", "of each domain; 0: the backbone alone", at_least(0))
@@ -534,6 +536,8 @@ def parse():
     for name, value in (DEFAULTS | RECIPES[recipe] | toy | {"recipe": recipe}).items():
         if name not in given:
             setattr(args, name, value)
+    if args.pool is None:
+        args.pool = args.budget
     refuse_idle(args, given)
     print(f"recipe {recipe}:", *(f"{flag(name)} {vars(args)[name]}" for name in RECIPES[recipe]))
     check_device(args.device)
@@ -559,7 +563,7 @@ def refuse_idle(args, given):
         (ready or (foreign and args.weights != "none"), ["backbone_epochs"], "it is trained"),
         (not foreign, ["weights"], "they are for a --network of torchvision"),
         (args.independent and args.sharing, ["independent"], "it needs --sharing 0"),
-        (args.independent, ["start"], "with --independent every domain starts alone"),
+        (args.independent, ["pool"], "with --independent every domain starts alone"),
         (not args.sharing, SHARING, "with --sharing 0 there is no sharing loss"),
         (not args.warmup, START, "without --warmup all switches start at 1e-3"),
         (settle < warmup, ["settle", "warmup"], "--settle comes before the end of --warmup"),

@@ -425,6 +425,19 @@ def test_a_layer_whose_switches_all_fall_below_zero_keeps_exactly_one(values):
     assert changed(net, before) == {"switches.d1"}
 
 
+def best(score, each, room):
+    """(the best of each layer, those with the next highest scores that there is room for)"""
+    first = {max((key for key in score if key[0] == name), key=score.get) for name in each}
+    left = room + 1e-9 - sum(each.values())
+    on = set()
+    for key in sorted(set(score) - first, key=score.get, reverse=True):
+        left -= each[key[0]]
+        if left < 0:
+            break
+        on.add(key)
+    return first, on
+
+
 @cases("of", ba2ps.BUDGETS)
 @cases("budget", [0.3, 0.8])
 def test_a_start_and_a_held_budget_by_hand(of, budget):
@@ -433,16 +446,7 @@ def test_a_start_and_a_held_budget_by_hand(of, budget):
     cost, _ = ba2ps.costs(net, of)
 
     def held(score):
-        """(the best of each layer, those with the next highest scores that there is room for)"""
-        first = {max((key for key in score if key[0] == name), key=score.get) for name in each}
-        left = budget + 1e-9 - fixed - sum(each.values())
-        on = set()
-        for key in sorted(set(score) - first, key=score.get, reverse=True):
-            left -= each[key[0]]
-            if left < 0:
-                break
-            on.add(key)
-        return first, on
+        return best(score, each, budget - fixed)
 
     before = channels_on(net, "d0", -2)
     first, on = held(channels_on(net, "d0"))
@@ -468,6 +472,19 @@ def test_a_start_and_a_held_budget_by_hand(of, budget):
     number = len(first | on)
     assert steps[:number - 1] == approx(-0.5 / number, abs=1e-6)
     assert steps[number:] == approx(-0.5 / (len(row) - number), abs=1e-6)
+
+
+def test_a_pool_by_hand():
+    net = network()
+    each, fixed = costs_by_hand(net, "params")
+    importance = torch.rand(sum(ba2ps.widths(net))).double()
+    keys = list(channels_on(net, "d0", -2))
+    worth = {key: value / each[key[0]] for key, value in zip(keys, importance.tolist())}
+    for room in (0.3, 0.7, 1.0):
+        first, on = best(worth, each, room - fixed)
+        pool = ba2ps.pooled(net, importance, room).tolist()
+        assert {key for key, inside in zip(keys, pool) if inside} == first | on
+    assert all(pool) and not ba2ps.pooled(net, importance, 0.0).any()
 
 
 def raising():

@@ -9,10 +9,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torch.nn.utils import parametrizations
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import ba2ps
 import prune
+import tests.efficientnet_lite0      # registers it with torchvision
 from tests.test_ba2ps import (
     NORMS, cases, channels_on, close, grad, parts_of, randomised, refused, straight_through)
 
@@ -179,6 +181,15 @@ def test_the_source_is_that_of_the_plain_network_and_pruning_is_exact(kind, tmp_
     assert weights[0] < (0.5 if kind.endswith("Net") else 0.8) * weights[1]     # filters go, too
     assert ba2ps.usage(small, "params") == pytest.approx(ba2ps.usage(net, "params"))
     assert ba2ps.macs(small) == ba2ps.macs(net)
+
+
+def test_efficientnet_lite0_has_its_published_size_and_torchvision_knows_it():
+    net = models.get_model("efficientnet_lite0", num_classes=1000).eval()
+    assert sum(parameter.numel() for parameter in net.parameters()) == 4_652_008
+    with FlopCounterMode(display=False) as counter:
+        logits = net(torch.zeros(1, 3, 224, 224))
+    assert logits.shape == (1, 1000)
+    assert counter.get_total_flops() / 2 == pytest.approx(0.4e9, rel=0.05)
 
 
 def test_what_torch_fx_cannot_follow_is_trained_and_stored_and_prune_names_it(tmp_path):

@@ -202,10 +202,10 @@ def test_every_schedule_shows_every_image_once_an_epoch(name):
     assert right[name]
 
 
-@pytest.mark.parametrize("of, start, epochs", [
-    ("channels", "own", 5), ("params", "shared", 5), ("macs", "shared", 2), ("layers", "own", 3)])
+@pytest.mark.parametrize("of, pool, epochs", [
+    ("channels", 1, 5), ("params", 0, 5), ("macs", 0, 2), ("layers", 0.5, 3)])
 def test_settled_no_domain_is_over_budget_and_batch_norm_trains_on(
-        of, start, epochs, learn, tmp_path, monkeypatch):
+        of, pool, epochs, learn, tmp_path, monkeypatch):
     ends = []
     report = train.report
 
@@ -214,7 +214,7 @@ def test_settled_no_domain_is_over_budget_and_batch_norm_trains_on(
         report(network, *rest)
     monkeypatch.setattr(train, "report", listen)
     network, facts = learn("run", f"--recipe settled --budget-of {of} --budget 0.4 "
-                                  f"--start {start} --epochs {epochs} --spread 1e-4")
+                                  f"--pool {pool} --epochs {epochs} --spread 1e-4")
     settled = {2: 1, 3: 1, 5: 2}[epochs]                # reports before the switches stay
     rows = log_of(tmp_path / "run")
     for domain, usage in ba2ps.usage(network, of).items():
@@ -246,7 +246,7 @@ def test_importance_is_the_decayed_mean_square_of_the_gradients_of_the_warm_up(l
         begin(network, domain, importance, *rest)
     monkeypatch.setattr(train, "finite", look)
     monkeypatch.setattr(ba2ps, "start_switches", listen)
-    learn("run", "--domains strokes --epochs 3 --warmup 1 --start own")
+    learn("run", "--domains strokes --epochs 3 --warmup 1 --pool 0")
     for decay, right in ((0.999, True), (1.0, False)):
         mean = 0.0
         for gradient in seen:
@@ -563,8 +563,8 @@ BAD = """--budget 1.5|--budget nan|--budget half|--budget-of flops|--image-size 
 --start-from model.pt --adapt all|--backbone backbone.pt --start-from model.pt
 --backbone-epochs 3 --backbone backbone.pt|--weights none --start-from model.pt
 --switch-lr 1 --adapt classifier|--budget 0.5 --adapt all|--sharing 1 --epochs 0
---share-to all --sharing 0|--sharing-loss union --sharing 0|--start own|--spread 0.1
---start own --warmup 0.5 --independent --sharing 0|--multiplier-lr 1 --warmup 0.5 --settle 0.5"""
+--share-to all --sharing 0|--sharing-loss union --sharing 0|--pool 0.3|--spread 0.1
+--pool 0.3 --warmup 0.5 --independent --sharing 0|--multiplier-lr 1 --warmup 0.5 --settle 0.5"""
 VALUES = """--budget 0.01|--budget 0|--network WRN-11-1|--network WRN-4-1|--network WRN-10-0
 --network WRN-10|--weights none --network nothing|--data nowhere|--data text|--cache text|word
 --backbone text|--backbone missing.pt|--domains plants|--source plants
