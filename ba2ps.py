@@ -473,35 +473,38 @@ def keep_a_channel(network, domains):
         part[part.argmax()] = 1e-6
 
 
-def ranked(network, value):
-    """(M,) positions, highest `value` first, after the best of each layer."""
-    value = value.clone()
-    for layer in value.split(widths(network)):
-        layer[layer.argmax()] = torch.inf
-    return value.argsort().flip(0)
+def ranked(network, value, even=0.0):
+    """(M,) positions, highest `value` first, after the best of each layer: this share, or one."""
+    first = torch.zeros(len(value), dtype=torch.bool)
+    for layer, part in zip(value.split(widths(network)), first.split(widths(network))):
+        part[layer.topk(max(1, int(even * len(layer)))).indices] = True
+    order = value.argsort(descending=True)
+    return torch.cat([order[first[order]], order[~first[order]]])
 
 
-def pooled(network, importance, room):
+def pooled(network, importance, room, even=0.0):
     """(M,) bool: a pool of channels, those worth most per parameter, that fits into `room`.
 
-    importance: (M,), summed over domains; room: share of the backbone's parameters.
+    importance: (M,), summed over domains; room: share of the backbone's parameters; even: see
+    start_switches.
     """
     cost, fixed = costs(network, "params")
-    order = ranked(network, importance / cost)
+    order = ranked(network, importance / cost, even)
     pool = torch.zeros(len(cost), dtype=torch.bool)
     pool[order[cost[order].cumsum(0) <= room - fixed + 1e-9]] = True
     return pool
 
 
 @torch.no_grad()
-def start_switches(network, domain, importance, cost, room, spread=1e-2):
+def start_switches(network, domain, importance, cost, room, spread=1e-1, even=0.0):
     """Start the switches of `domain` in the order of importance per cost, before the search.
 
-    They fall evenly from `spread` to -spread; as many are positive as fit into `room`, one in each
-    layer first. importance: (M,), the mean square of a switch's gradient [5]; cost: (M,), see
-    costs; room: budget - fixed (see costs), enough for a channel in each layer.
+    They fall evenly from `spread` to -spread; as many are positive as fit into `room`, first the
+    best of each layer: a share `even` of its channels, or one. importance: (M,), the mean square of
+    a switch's gradient [5]; cost: (M,), see costs; room: budget - fixed (see costs), enough for a
+    channel in each layer.
     """
-    order = ranked(network, importance / cost)
+    order = ranked(network, importance / cost, even)
     number = int((cost[order].cumsum(0) <= room + 1e-9).sum())
     on = torch.linspace(spread, 0, number + 1)[:-1]
     off = torch.linspace(0, -spread, len(order) - number + 1)[1:]

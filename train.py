@@ -154,17 +154,21 @@ def turns(args):
 
 
 def start(network, domains, importance, cost, room, args):
-    """Start the switches of `domains`: in a pool by a domain's own importance, else by all's."""
+    """Start the switches of `domains`.
+
+    In the pool a domain's own importance decides, outside of it the sum over all domains.
+    """
     shares = {}
     for domain in network.domains:      # an untrained one's importance is what it reads
         value = importance.get(domain, ba2ps.read(network, domain).double())
         shares[domain] = value / value.sum()
     total = sum(shares.values())
-    pool = ba2ps.pooled(network, total, 1.0 if args.independent else args.pool)
-    lift = (total / cost).max()         # above all that is not in the pool
+    even = args.even * room             # of every layer's channels
+    pool = ba2ps.pooled(network, total, 1.0 if args.independent else args.pool, even)
+    lift = (total / cost).max()         # puts the pool above all the rest
     for domain in domains:
         value = torch.where(pool, shares[domain] + lift * cost, total)
-        ba2ps.start_switches(network, domain, value, cost, room, args.spread)
+        ba2ps.start_switches(network, domain, value, cost, room, args.spread, even)
 
 
 def finite(tensors):
@@ -468,7 +472,7 @@ TOY = {
     "image_size": 32, "epochs": 40, "switch_lr": 3e-4, "no_mirror": ["strokes", "signs", "digits"]}
 SHARING = "sharing_loss", "share_to"
 SEARCH = *SHARING, "switch_lr", "multiplier_lr"
-START = "pool", "spread"
+START = "pool", "even", "spread"
 SWITCHES = *SEARCH, *START, "budget", "sharing", "warmup", "settle", "independent"
 
 
@@ -515,6 +519,8 @@ def parse():
     add("--warmup", "share of the epochs that measure importance with every channel on", share)
     add("--pool", "share of the parameters among which every domain chooses its start; "
         "0: all start alike; 1: each with its own (default: --budget)", share)
+    add("--even", "share of a domain's budget that starts in all layers alike "
+        "(default: 0 for a WRN, else 0.5)", share)
     add("--spread", "largest value a switch starts at", some)
     add("--settle", "share of the epochs after which the budget is held and switches stay", some)
     add("--epochs", "of each domain; 0: the backbone alone", at_least(0))
@@ -599,6 +605,8 @@ def given_network(args):
         if path and wanted != value:
             raise InputError(f"{flag(name)} {wanted}: {path} has {value}")
         setattr(args, name, wanted)
+    if args.even is None:
+        args.even = 0.5 if is_foreign(args) else 0.0
     if is_foreign(args) and not path and args.weights != "none":
         network, records = pretrained(args)
     return network, records

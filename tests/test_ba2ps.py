@@ -425,10 +425,13 @@ def test_a_layer_whose_switches_all_fall_below_zero_keeps_exactly_one(values):
     assert changed(net, before) == {"switches.d1"}
 
 
-def best(score, each, room):
+def best(score, each, room, even=0.0):
     """(the best of each layer, those with the next highest scores that there is room for)"""
-    first = {max((key for key in score if key[0] == name), key=score.get) for name in each}
-    left = room + 1e-9 - sum(each.values())
+    first = set()
+    for name in each:
+        layer = sorted((key for key in score if key[0] == name), key=score.get)
+        first |= set(layer[-max(1, int(even * len(layer))):])
+    left = room + 1e-9 - sum(each[name] for name, _ in first)
     on = set()
     for key in sorted(set(score) - first, key=score.get, reverse=True):
         left -= each[key[0]]
@@ -445,11 +448,8 @@ def test_a_start_and_a_held_budget_by_hand(of, budget):
     each, fixed = costs_by_hand(net, of)
     cost, _ = ba2ps.costs(net, of)
 
-    def held(score):
-        return best(score, each, budget - fixed)
-
     before = channels_on(net, "d0", -2)
-    first, on = held(channels_on(net, "d0"))
+    first, on = best(channels_on(net, "d0"), each, budget - fixed)
     ba2ps.hold_budget(net, "d0", cost, budget - fixed)
     for key, value in channels_on(net, "d0", -2).items():
         assert value == before[key] or key not in first | on and value == 0
@@ -460,14 +460,15 @@ def test_a_start_and_a_held_budget_by_hand(of, budget):
 
     importance = torch.rand(len(cost)).double()
     worth = {key: value / each[key[0]] for key, value in zip(before, importance.tolist())}
-    first, on = held(worth)
-    ba2ps.start_switches(net, "d0", importance, cost, budget - fixed, spread=0.5)
-    row = channels_on(net, "d0", -2)
-    assert set(channels_on(net, "d0")) == first | on
-    order = sorted(row, key=row.get, reverse=True)
-    assert set(order[:len(first)]) == first
-    assert order[len(first):] == sorted(set(row) - first, key=worth.get, reverse=True)
-    assert (row[order[0]], row[order[-1]]) == (0.5, -0.5)
+    for even in (0.2, 0.0):
+        first, on = best(worth, each, budget - fixed, even)
+        ba2ps.start_switches(net, "d0", importance, cost, budget - fixed, 0.5, even)
+        row = channels_on(net, "d0", -2)
+        assert set(channels_on(net, "d0")) == first | on
+        order = sorted(row, key=row.get, reverse=True)
+        assert set(order[:len(first)]) == first
+        assert order[len(first):] == sorted(set(row) - first, key=worth.get, reverse=True)
+        assert (row[order[0]], row[order[-1]]) == (0.5, -0.5)
     steps = np.diff([row[key] for key in order])    # evenly down to 0, and evenly from there
     number = len(first | on)
     assert steps[:number - 1] == approx(-0.5 / number, abs=1e-6)
@@ -480,9 +481,9 @@ def test_a_pool_by_hand():
     importance = torch.rand(sum(ba2ps.widths(net))).double()
     keys = list(channels_on(net, "d0", -2))
     worth = {key: value / each[key[0]] for key, value in zip(keys, importance.tolist())}
-    for room in (0.3, 0.7, 1.0):
-        first, on = best(worth, each, room - fixed)
-        pool = ba2ps.pooled(net, importance, room).tolist()
+    for room, even in ((0.3, 0.2), (0.7, 0.0), (1.0, 0.5)):
+        first, on = best(worth, each, room - fixed, even)
+        pool = ba2ps.pooled(net, importance, room, even).tolist()
         assert {key for key, inside in zip(keys, pool) if inside} == first | on
     assert all(pool) and not ba2ps.pooled(net, importance, 0.0).any()
 

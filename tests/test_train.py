@@ -203,7 +203,7 @@ def test_every_schedule_shows_every_image_once_an_epoch(name):
 
 
 @pytest.mark.parametrize("of, pool, epochs", [
-    ("channels", 1, 5), ("params", 0, 5), ("macs", 0, 2), ("layers", 0.5, 3)])
+    ("channels", 1, 5), ("params", 0, 5), ("macs", 0, 2), ("layers", "0.5 --even 0.6", 3)])
 def test_settled_no_domain_is_over_budget_and_batch_norm_trains_on(
         of, pool, epochs, learn, tmp_path, monkeypatch):
     ends = []
