@@ -563,7 +563,7 @@ BAD = """--budget 1.5|--budget nan|--budget half|--budget-of flops|--image-size 
 --start-from model.pt --adapt all|--backbone backbone.pt --start-from model.pt
 --backbone-epochs 3 --backbone backbone.pt|--weights none --start-from model.pt
 --switch-lr 1 --adapt classifier|--budget 0.5 --adapt all|--sharing 1 --epochs 0
---share-to all --sharing 0|--sharing-loss union --sharing 0|--pool 0.3|--spread 0.1
+--share-to all --sharing 0|--sharing-loss union --sharing 0|--pool 0.3|--even 0.5|--spread 0.1
 --pool 0.3 --warmup 0.5 --independent --sharing 0|--multiplier-lr 1 --warmup 0.5 --settle 0.5"""
 VALUES = """--budget 0.01|--budget 0|--network WRN-11-1|--network WRN-4-1|--network WRN-10-0
 --network WRN-10|--weights none --network nothing|--data nowhere|--data text|--cache text|word
